@@ -1,0 +1,87 @@
+r"""The one definition of the integer grid: training, merging, packing and export read these lines.
+
+With codes :math:`u \in \{0, …, 2^b - 1\}`, scale :math:`s > 0` and integer zero point :math:`z` in the same range,
+
+.. math:: \hat w = (u - z)\, s, \qquad u = \mathrm{clamp}(\mathrm{round}(w / s) + z,\; 0,\; 2^b - 1).
+
+The range [lo, hi] of a group always contains 0, so :math:`z` is in range and 0 is represented exactly:
+asymmetric :math:`s = (hi - lo) / (2^b - 1)`, :math:`z = \mathrm{round}(-lo / s)`; symmetric
+:math:`s = \max(|lo|, |hi|) / \tfrac{2^b - 1}{2}`, :math:`z = 2^{b-1}` (the rule of compressed-tensors, so that the dynamic
+activation grid of a checkpoint is the one that was trained).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aq_lightning.scheme import Grid
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Rounds half to even; the gradient passes unchanged (straight-through estimator)."""
+    return x + (x.round() - x).detach()
+
+
+def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range ``[low, high]``; differentiable in both ends.
+
+    Args:
+        low, high: ends of each group's range, any equal shapes.
+        grid: bits and symmetry.
+        storage: dtype in which the checkpoint keeps the scale; the scale is rounded to it here, so that training
+            sees the stored number. None: no rounding (activation scales are never stored).
+
+    Returns:
+        ``(scale, zero)`` of the shape of ``low``; ``zero`` holds integers.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.symmetric:
+        scale = torch.maximum(-low, high) / ((grid.levels - 1) / 2)  # divided as clients divide: ties
+    else:
+        scale = (high - low) / (grid.levels - 1)
+    if storage is not None:
+        scale = scale + (scale.to(storage).to(scale.dtype) - scale).detach()
+    # A group of zeros has no range: the smallest normal step keeps every division finite and its codes at zero.
+    scale = scale.clamp(min=torch.finfo(storage or scale.dtype).smallest_normal)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, grid.levels // 2)
+    return scale, round_through(-low / scale).clamp(0, grid.levels - 1)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Codes of ``x`` as floating-point integers; the gradient passes the rounding and stops at the clamp."""
+    return (round_through(x / scale) + zero).clamp(0, grid.levels - 1)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Values of the codes."""
+    return (codes - zero) * scale
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized weight."""
+
+    codes: Tensor
+    """uint8 (out, in): ``0 … 2^bits − 1``."""
+    scale: Tensor
+    """Storage dtype (out, groups)."""
+    zero: Tensor
+    """uint8 (out, groups): ``0 … 2^bits − 1``."""
+    grid: Grid
+    """Bits, group size and symmetry."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The represented weight, (out, in) in ``dtype``; exact in float32 for scales of 16 bits."""
+        codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(dtype)  # (out, groups, size)
+        values = decode(codes, self.scale.to(dtype)[..., None], self.zero.to(dtype)[..., None])
+        return values.flatten(1)  # (out, in)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of codes, scales and (asymmetric) zero points."""
+        per_group = torch.finfo(self.scale.dtype).bits + (0 if self.grid.symmetric else self.grid.bits)
+        return self.codes.numel() * self.grid.bits + self.scale.numel() * per_group
