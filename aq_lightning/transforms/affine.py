@@ -1,0 +1,74 @@
+"""AffineQuant's dense matrix under its gradual mask (arXiv 2403.12544)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from aq_lightning.models.sites import Group, SiteShape
+from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+
+
+def band_width(epoch: int, epochs: int, size: int) -> int:
+    """Off-diagonals open on each side in ``epoch`` (0 … epochs − 1): none at first, all ``size − 1`` at last.
+
+    One epoch opens all at once. Integer arithmetic, so that the corner entries open too (the reference's floating
+    point leaves them shut at size 4096 and 20 epochs).
+    """
+    return size - 1 if epochs <= 1 else (size - 1) * epoch // (epochs - 1)
+
+
+def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tensor:
+    """(size, size): 1 on the diagonal, ``stability`` where ``0 < |i − j| ≤ width``, 0 elsewhere (paper, eq. 6)."""
+    index = torch.arange(size, device=like.device)
+    distance = (index[:, None] - index).abs()  # (size, size)
+    band = torch.where(distance <= width, stability, 0.0).to(like.dtype)
+    return torch.where(distance == 0, torch.ones((), dtype=like.dtype, device=like.device), band)
+
+
+class Affine(Factor):
+    """One dense matrix per block of channels, ``A ⊙ mask``, starting at the identity.
+
+    The effective matrix is the masked one everywhere: forward, inverse, merge and file. Before training only the
+    diagonal is open; :class:`callbacks.GradualMask` widens the band.
+
+    Args:
+        shape: blocks (key-value heads) and channels of each.
+        stability: factor on the off-diagonals (the paper's α, its code's ``sf``), in (0, 1].
+    """
+
+    group: ClassVar[Group] = Group.HEAD
+
+    def __init__(self, shape: SiteShape, stability: float = 0.1) -> None:
+        super().__init__()
+        self.shape = shape
+        self.stability = stability
+        self.matrix = nn.Parameter(torch.eye(shape.size, dtype=torch.float64).repeat(shape.blocks, 1, 1))
+        self.register_buffer("mask", gradual_mask(shape.size, 0, stability, self.matrix))  # (size, size)
+
+    def initialize(self, statistics: SiteStatistics) -> None:
+        """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
+
+    def open_band(self, epoch: int, epochs: int) -> None:
+        """Sets the mask of ``epoch`` (0 … epochs − 1)."""
+        width = band_width(epoch, epochs, self.shape.size)
+        self.mask.copy_(gradual_mask(self.shape.size, width, self.stability, self.mask))
+
+    def effective(self) -> Tensor:
+        """``A ⊙ mask``, float64 (blocks, size, size)."""
+        return self.matrix * self.mask
+
+    def forward(self, dtype: torch.dtype) -> Map:
+        matrix = self.effective()
+        inverse = torch.linalg.inv_ex(matrix).inverse.to(dtype)  # inv_ex: no host synchronization
+        transposed = matrix.mT.to(dtype)
+        return Map(lambda x: self._times(x, inverse), lambda w: self._times(w, transposed))
+
+    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """(…, blocks · group · size) times each block's (size, size)."""
+        return self.shape.join(torch.einsum("...bgs,bst->...bgt", self.shape.split(x), matrix))
+
+    def condition(self) -> Tensor:
+        return torch.linalg.cond(self.effective().detach()).max()

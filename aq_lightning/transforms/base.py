@@ -1,0 +1,115 @@
+r"""The convention, written once.
+
+Row vectors and torch's layout, :math:`y = x W^T + b` with W of shape (out, in). At the input of a linear
+
+.. math:: x' = (x - δ) A^{-1}, \qquad W' = W A^T, \qquad b' = b + W δ,
+
+hence :math:`x' W'^T + b' = x W^T + b` exactly. A transform is an ordered list of factors, each an invertible map
+whose two directions are all that training, merging and export ever use: ``inverse`` on activations (and on whatever
+produces them) and ``transpose`` on the weights that read them. Parameters are float64; a map is handed out in the
+precision that its user asks for, its inverse always computed in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aq_lightning.errors import RequestError
+from aq_lightning.models.sites import Group, SiteShape
+
+
+class Map(NamedTuple):
+    """Both directions of ``x' = (x − δ) A⁻¹``; each acts on the last dimension, (…, channels) → (…, channels)."""
+
+    inverse: Callable[[Tensor], Tensor]
+    """``x ↦ x A⁻¹``."""
+    transpose: Callable[[Tensor], Tensor]
+    """``w ↦ w Aᵀ``."""
+    shift: Callable[[int], Tensor] | None = None
+    """Number of channels ↦ δ over them, (channels); None: no shift."""
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known of a site before training, per channel of the site; each tensor float64 (blocks, size)."""
+
+    low: Tensor
+    """Least activation over all calibration tokens (and over the query group)."""
+    high: Tensor
+    """Greatest activation."""
+    mean: Tensor
+    """Mean activation."""
+    weight_max: Tensor
+    """Greatest ``|W|`` over the output rows of all consumers."""
+
+
+class Factor(nn.Module, ABC):
+    """One invertible map with trainable parameters. Subclasses are final: one constructor, three methods.
+
+    Adding a transform is one file with one subclass; recipes name it by ``class_path`` and pass every constructor
+    argument but ``shape``.
+    """
+
+    group: ClassVar[Group]
+    """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
+
+    @abstractmethod
+    def initialize(self, statistics: SiteStatistics) -> None:
+        """Sets the parameters from what is known of the site; not called for sites without consumers."""
+
+    @abstractmethod
+    def forward(self, dtype: torch.dtype) -> Map:
+        """The map at the present parameters, differentiable, in ``dtype``."""
+
+    @abstractmethod
+    def condition(self) -> Tensor:
+        """Condition number of ``A`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best."""
+
+
+class Transform(nn.Module):
+    """The factors of one site, applied to activations in the order given: ``x' = (x − δ) A₁⁻¹ A₂⁻¹ …``."""
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        super().__init__()
+        late = [type(factor).__name__ for factor in factors[1:] if factor.group is Group.SHIFT]
+        if late:
+            raise RequestError(f"A shift must be the first factor of its transform, got {late[0]} later: move it up.")
+        self.factors = nn.ModuleList(factors)
+
+    def initialize(self, statistics: SiteStatistics) -> None:
+        """Initializes every factor."""
+        for factor in self.factors:
+            factor.initialize(statistics)
+
+    def forward(self, dtype: torch.dtype) -> Map:
+        """The composed map in ``dtype``."""
+        maps = [factor(dtype) for factor in self.factors]
+
+        def inverse(x: Tensor) -> Tensor:
+            for each in maps:
+                x = each.inverse(x)
+            return x
+
+        def transpose(w: Tensor) -> Tensor:
+            for each in maps:
+                w = each.transpose(w)
+            return w
+
+        return Map(inverse, transpose, maps[0].shift if maps else None)
+
+    def condition(self) -> Tensor:
+        """Bound on the condition number of the product: the product of the factors' own; float64 scalar."""
+        product = torch.ones((), dtype=torch.float64)
+        for factor in self.factors:
+            product = product * factor.condition().cpu()
+        return product
+
+
+FactorFactory = Callable[[SiteShape], Factor]
+"""A factor with every argument but its shape given: what a recipe holds."""
