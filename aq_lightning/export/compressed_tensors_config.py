@@ -1,0 +1,103 @@
+"""The ``quantization_config`` of a compressed-tensors checkpoint, and the scheme it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aq_lightning.errors import RequestError
+from aq_lightning.scheme import Grid, Scheme
+
+FORMAT = "pack-quantized"
+
+# Keys whose value must be the one given; the clients' parsers accept no key that is not in these tables.
+_CONFIG: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "format": FORMAT,
+    "kv_cache_scheme": None,
+}
+_GROUP: dict[str, Any] = {"format": FORMAT, "output_activations": None}
+_ARGUMENTS: dict[str, Any] = {"type": "int", "block_structure": None, "actorder": None}
+# Written by some tools even if unused, and then empty.
+_OFTEN_EMPTY = ("transform_config", "sparsity_config")
+# Keys that do not bear on the stored numbers.
+_CONFIG_NOTES = {"global_compression_ratio", "ignore", "version", "run_compressed"}
+_ARGUMENT_NOTES = {"observer", "observer_kwargs", "zp_dtype"}
+
+
+def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+    """The dictionary for ``config.json``; the inverse of :func:`scheme_of`.
+
+    Every ``torch.nn.Linear`` not in ``ignore`` is declared quantized, by module path or ``re:`` pattern. The format is
+    named for the group too: clients would otherwise infer another one for quantized activations.
+    """
+    weight, activation = scheme.weight, scheme.activation
+    strategy = "channel" if weight.group_size is None else "group"
+    group = _GROUP | {
+        "targets": ["Linear"],
+        "weights": _arguments(weight, strategy, dynamic=False, observer="minmax"),
+        "input_activations": None if activation is None else _arguments(activation, "token", dynamic=True),
+    }
+    return _CONFIG | {
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "config_groups": {"group_0": group},
+    }
+
+
+def scheme_of(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a ``quantization_config``; the inverse of :func:`quantization_config`.
+
+    Raises:
+        RequestError: the configuration holds anything that a :class:`Scheme` cannot say; the message names it.
+    """
+    used = {key: value for key, value in config.items() if value or key not in _OFTEN_EMPTY}
+    _expect("quantization_config", dict.fromkeys(_CONFIG) | used, _CONFIG, _CONFIG_NOTES | {"config_groups"})
+    groups = used.get("config_groups") or {}
+    if len(groups) != 1:
+        raise RequestError(f"A checkpoint has 1 config group, got {sorted(groups)}: quantize all linears alike.")
+    (name, group), *_ = groups.items()
+    if not isinstance(group, Mapping):
+        raise RequestError(f"A config group is spelled out, got {name}: {group!r}: write out the preset's arguments.")
+    named = {key: value for key, value in group.items() if (key, value) != ("format", None)}
+    _expect(name, named, _GROUP, {"targets", "weights", "input_activations"})
+    inputs = group.get("input_activations")
+    return Scheme(
+        weight=_grid(f"{name}.weights", group.get("weights") or {}, ("group", "channel"), dynamic=False),
+        activation=None if inputs is None else _grid(f"{name}.input_activations", inputs, ("token",), dynamic=True),
+    )
+
+
+def _arguments(grid: Grid, strategy: str, *, dynamic: bool, observer: str | None = None) -> dict[str, Any]:
+    return _ARGUMENTS | {
+        "num_bits": grid.bits,
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.group_size,
+        "dynamic": dynamic,
+        "observer": observer,
+        "observer_kwargs": {},
+    }
+
+
+def _grid(where: str, arguments: Mapping[str, Any], strategies: tuple[str, ...], *, dynamic: bool) -> Grid:
+    arguments = {"dynamic": False, "symmetric": True} | dict(arguments)
+    own = {"num_bits", "symmetric", "strategy", "group_size"}
+    _expect(where, arguments, _ARGUMENTS | {"dynamic": dynamic, "scale_dtype": None}, _ARGUMENT_NOTES | own)
+    strategy, size = arguments.get("strategy"), arguments.get("group_size")
+    if strategy not in strategies:
+        raise RequestError(f"{where}.strategy is {' or '.join(strategies)}, got {strategy!r}: requantize the model.")
+    if (strategy == "group") != (size not in (None, -1)):
+        raise RequestError(f"{where}.group_size goes with strategy 'group', got {size!r} with {strategy!r}.")
+    return Grid(arguments.get("num_bits", 8), size if strategy == "group" else None, arguments["symmetric"])
+
+
+def _expect(where: str, received: Mapping[str, Any], values: Mapping[str, Any], free: set[str]) -> None:
+    """Refuses unknown keys and values other than the expected ones; a key that is absent has its expected value."""
+    unknown = sorted(received.keys() - values.keys() - free)
+    if unknown:
+        raise RequestError(f"{where} must hold only keys that are understood here, got {unknown}: remove them.")
+    for key, value in values.items():
+        if received.get(key, value) != value:
+            raise RequestError(f"{where}.{key} must be {value!r}, got {received[key]!r}: no other is supported.")

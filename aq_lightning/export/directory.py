@@ -1,0 +1,175 @@
+"""A Hugging Face model directory, written whole or not at all, and read lazily.
+
+::
+
+    config.json
+    model.safetensors                                 one shard, or
+    model-00001-of-00003.safetensors …                several, and
+    model.safetensors.index.json                      {"metadata": {"total_size"}, "weight_map": {tensor: file}}
+    tokenizer.json, generation_config.json, …         copied
+
+Everything is written and synced in ``<name>.partial`` beside the target, which is then renamed: the target either does
+not exist or is complete. A ``.partial`` directory that a killed run left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aq_lightning.errors import RequestError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def write_directory(
+    out: Path,
+    config: Mapping[str, Any],
+    shards: Iterable[Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    extra_files: Iterable[Path] = (),
+) -> None:
+    """Writes a model directory atomically.
+
+    Args:
+        out: the directory to make; may exist if empty.
+        config: content of ``config.json``.
+        shards: tensors of one safetensors file each; consumed lazily, one shard in memory at a time.
+        metadata: header of every safetensors file, ``{"format": "pt"}`` being added as transformers requires.
+        extra_files: files to copy beside the weights, under their own names.
+
+    Raises:
+        RequestError: ``out`` has content; no shard; a tensor occurs twice; an extra file is missing or has the name of
+            a file written here.
+    """
+    extra_files = tuple(extra_files)
+    _check_extra(extra_files)
+    with _atomic(out) as partial:
+        for source in extra_files:
+            shutil.copyfile(source, partial / source.name)
+        _write_shards(partial, shards, {"format": "pt", **metadata})
+        _write_json(partial / CONFIG, config)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a model directory by name, each read from its file when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            RequestError: the directory has no safetensors weights.
+        """
+        if (directory / INDEX).is_file():
+            weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self._files: dict[str, Path] = {name: directory / file for name, file in weight_map.items()}
+        elif (directory / SINGLE).is_file():
+            with safe_open(directory / SINGLE, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), directory / SINGLE)
+        else:
+            raise RequestError(f"A model directory holds {SINGLE} or {INDEX}, got {directory}: give another path.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """Header of the file that holds tensor ``name``."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.metadata() or {}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Content of ``config.json``.
+
+    Raises:
+        RequestError: there is none.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise RequestError(f"A model directory holds {CONFIG}, got {directory}: give another path.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _atomic(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``out`` if the body succeeds and vanishes if it raises."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RequestError(f"The output directory must be new or empty, got {out}: choose another or delete it.")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, partial)
+        yield partial
+        readable = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
+        for path in partial.iterdir():
+            path.chmod(readable)
+            _sync(path)
+        _sync(partial)
+        partial.replace(out)
+        undo.pop_all()
+    _sync(out.parent)
+
+
+def _write_shards(folder: Path, shards: Iterable[Mapping[str, Tensor]], metadata: dict[str, str]) -> None:
+    """Writes the shards under temporary names, as their number is unknown, then names them and writes the index."""
+    files: dict[str, int] = {}  # tensor name → shard number, from 0
+    count = total_size = 0
+    for shard in shards:
+        twice = files.keys() & shard.keys()
+        if twice:
+            raise RequestError(f"A tensor belongs to one shard, got {sorted(twice)} in two: write each once.")
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / f"{count}.part", metadata)
+        files |= dict.fromkeys(shard, count)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+        count += 1
+        del shard  # free it before the next is made
+    if count == 0:
+        raise RequestError("A model directory holds at least 1 shard of tensors, got 0: pass the model's tensors.")
+    names = [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    for k, name in enumerate(names):
+        (folder / f"{k}.part").rename(folder / name)
+    if count > 1:
+        weight_map = {tensor: names[k] for tensor, k in files.items()}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _check_extra(files: tuple[Path, ...]) -> None:
+    taken = {CONFIG, INDEX}
+    for path in files:
+        if not path.is_file():
+            raise RequestError(f"Extra files must exist, got {path}: leave it out or correct the path.")
+        if path.name in taken or path.suffix in (".safetensors", ".part"):
+            raise RequestError(f"Extra files are neither weights, {CONFIG}, nor given twice, got {path}: leave it out.")
+        taken.add(path.name)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Opening any model for evaluation: an ordinary one, or a checkpoint that was written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from aq_lightning.errors import RequestError
+from aq_lightning.export.compressed_tensors import load_dense, read
+from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate
+from aq_lightning.scheme import Scheme
+
+
+def open_model(
+    pretrained: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Scheme | None]:
+    """A causal language model on the CPU, its tokenizer, and the scheme if it is quantized.
+
+    Quantized weights are dequantized into an ordinary model, without any other package; activation quantization is
+    for the caller to apply (:func:`aq_lightning.quantizers.quantized_activations`).
+
+    Args:
+        pretrained: directory, hub id or ``embedded``.
+        dtype: of the parameters; ``auto``: as stored.
+        trust_remote_code: whether code from the hub may run.
+
+    Raises:
+        RequestError: the model cannot be found or read, or is quantized in a way that is not understood here.
+    """
+    source = locate(pretrained)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    directory = Path(source.location)
+    if source.gguf_file or not _is_quantized(directory):
+        return load_model(source, dtype, trust_remote_code), tokenizer, None
+    scheme, _ = read(directory)
+    config = load_config(source, trust_remote_code)
+    dtype = config.dtype if dtype == "auto" else dtype
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    missing, unexpected = model.load_state_dict(load_dense(directory, dtype), strict=False, assign=True)
+    model.tie_weights()
+    absent = set(missing) - set(model.all_tied_weights_keys)
+    if absent or unexpected:
+        raise RequestError(
+            f"A checkpoint holds exactly its model's tensors, got {sorted(absent)[:3]} missing and "
+            f"{sorted(unexpected)[:3]} unknown in {pretrained!r}: write it again."
+        )
+    return model.eval().requires_grad_(False), tokenizer, scheme
+
+
+def _is_quantized(directory: Path) -> bool:
+    config = directory / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text())

@@ -1,0 +1,1 @@
+"""Bit layouts and device kernels; the only package that may import triton."""
