@@ -1,0 +1,18 @@
+"""Fitting a block: capture, attach, train, merge."""
+
+from aq_lightning.calibration.attach import AttachedBlock as AttachedBlock
+from aq_lightning.calibration.attach import attach as attach
+from aq_lightning.calibration.attach import merge as merge
+from aq_lightning.calibration.baseline import rounded_to_nearest as rounded_to_nearest
+from aq_lightning.calibration.block import BlockCalibration as BlockCalibration
+from aq_lightning.calibration.block import Position as Position
+from aq_lightning.calibration.block import pairs as pairs
+from aq_lightning.calibration.checkpoint import RunDirectory as RunDirectory
+from aq_lightning.calibration.memory import peak_memory as peak_memory
+from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
+from aq_lightning.calibration.observe import Ranges as Ranges
+from aq_lightning.calibration.observe import observed as observed
+from aq_lightning.calibration.streams import Streams as Streams
+from aq_lightning.calibration.streams import capture as capture
+from aq_lightning.calibration.window import LiveWindow as LiveWindow
+from aq_lightning.calibration.window import switches as switches

@@ -1,0 +1,131 @@
+"""The cached activations that enter a block, and the passes that move them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aq_lightning.errors import RequestError
+from aq_lightning.recipe import StreamStorage
+
+Arguments = Mapping[str, object]
+"""Keyword arguments of a block that do not depend on the sample: masks, rotary tables, positions."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Both streams entering a block, each (samples, length, hidden)."""
+
+    full: Tensor
+    """What the full-precision model computes."""
+    quantized: Tensor
+    """What the model with all earlier blocks quantized computes."""
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor, storage: StreamStorage, device: torch.device
+) -> tuple[Tensor, list[Arguments]]:
+    """Inputs of block 0 for every window, and every block's other arguments.
+
+    The model runs with each block replaced, for this pass only, by one that hands its input on: nothing of the blocks
+    is computed or even needs to be loaded.
+
+    Args:
+        model: causal language model whose parts outside the blocks are loaded.
+        blocks: its blocks.
+        windows: int64 (samples, length).
+        storage: precision and place of the stream.
+        device: where blocks will work.
+
+    Returns:
+        (samples, length, hidden), and one :data:`Arguments` per block.
+    """
+    for parameter in _outside(model, blocks):
+        parameter.data = parameter.data.float()  # so that embeddings and rotary tables come in full precision
+    inputs: list[Tensor] = []
+    with _passing_through(blocks, inputs) as arguments:
+        for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+    stream = storage.store(torch.cat(inputs), device)
+    _check_finite(stream)
+    return stream, arguments
+
+
+@contextmanager
+def _passing_through(blocks: Sequence[nn.Module], inputs: list[Tensor]) -> Iterator[list[Arguments]]:
+    """Blocks return their input; block 0's inputs go to ``inputs``, each block's arguments into the list yielded."""
+    arguments: list[Arguments] = [{} for _ in blocks]
+
+    def stand_in(index: int):
+        def forward(hidden: Tensor, **others: object) -> Tensor:
+            if index == 0:
+                inputs.append(hidden)
+            arguments[index] = others
+            return hidden
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index)
+    try:
+        yield arguments
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def run(blocks: Sequence[nn.Module], arguments: Sequence[Arguments], stream: Tensor, batch_size: int) -> Tensor:
+    """Passes a stream through blocks, in the blocks' own precision and on their device.
+
+    Args:
+        blocks: consecutive blocks on one device.
+        arguments: of each block, on that device.
+        stream: (samples, length, hidden), anywhere.
+        batch_size: samples per pass.
+
+    Returns:
+        A new stream like the given one.
+
+    Raises:
+        RequestError: the result overflows the stream's dtype.
+    """
+    like = next(blocks[0].parameters())
+    result = torch.empty_like(stream)
+    for start in range(0, len(stream), batch_size):
+        hidden = stream[start : start + batch_size].to(like.device, like.dtype)
+        for block, others in zip(blocks, arguments, strict=True):
+            hidden = block(hidden, **others)
+        result[start : start + batch_size] = hidden
+    _check_finite(result)
+    return result
+
+
+def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Parameters of the model that belong to no block."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def to_device(value: object, device: torch.device) -> object:
+    """Moves every tensor inside tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def _check_finite(stream: Tensor) -> None:
+    if not torch.isfinite(stream).all():
+        raise RequestError(
+            f"A stream holds finite {stream.dtype} numbers, got an overflow or NaN: keep streams in a wider type "
+            "(--model.streams.dtype bfloat16 or float32), or check the model's own weights for NaN."
+        )

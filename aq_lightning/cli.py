@@ -1,0 +1,177 @@
+"""The command line: LightningCLI, with ``fit`` driven block by block."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from aq_lightning.calibration import RunDirectory, switches
+from aq_lightning.comparison import Comparison
+from aq_lightning.data import TokenWindows
+from aq_lightning.errors import RequestError
+from aq_lightning.evaluation import Row, render
+from aq_lightning.language_model import QuantizedLanguageModel
+from aq_lightning.models.loading import architecture_of, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.pipeline import Job, quantize
+
+_TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
+    "devices": 1,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+class CommandLine(LightningCLI):
+    """``fit`` calibrates a model, ``test`` scores one.
+
+    A fresh Trainer made from the ``trainer:`` section serves each window of blocks, with the same callbacks and
+    loggers throughout.
+    """
+
+    def __init__(self, arguments: list[str] | None = None) -> None:
+        super().__init__(
+            QuantizedLanguageModel,
+            TokenWindows,
+            args=arguments,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            parser_kwargs={"default_env": False},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """What runs, and which arguments of the Trainer's method of that name are not for the command line."""
+        internal = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": {*internal, "train_dataloaders", "val_dataloaders"},
+            "test": {*internal, "dataloaders", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str | None, default=None, help="directory for everything that is written")
+        parser.link_arguments("model.pretrained", "data.pretrained")
+
+    def instantiate_trainer(self, **changes: object) -> Trainer:
+        """A fresh Trainer from the configuration, ``changes`` winning; bfloat16 autocast on a GPU unless told."""
+        if self._section.trainer.precision is None:
+            gpu = torch.cuda.is_available() and self._section.trainer.accelerator != "cpu"
+            changes.setdefault("precision", "bf16-mixed" if gpu else "32-true")
+        trainer = super().instantiate_trainer(**{"logger": False, **changes})
+        if trainer.world_size > 1:
+            raise RequestError(f"Calibration runs on 1 device, got {trainer.world_size}: set --trainer.devices 1.")
+        return trainer
+
+    def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+        """Calibrates into the run directory ``--out`` and prints what was gained."""
+        configuration = self._configuration()
+        if self._section.config is None or self._section.out is None:
+            raise RequestError(
+                "fit needs a method and a place: add --config configs/affinequant.yaml (or another) and --out RUN."
+            )
+        run = RunDirectory.check(Path(self._section.out), configuration)
+        if run.results is None:
+            _check(model, datamodule)
+            run.create(configuration)
+            results = self._calibrate(model, datamodule, run)
+            run.finish(results)
+        print(render([Row(**row) for row in run.results["rows"]]))
+        print(f"checkpoint: {run.checkpoint}")
+
+    def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+        """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``results.json`` there too."""
+        source = locate(model.pretrained)
+        datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        row = comparison.checkpoint(model.pretrained, model.pretrained, model.trust_remote_code)
+        if self._section.out is not None:
+            run = RunDirectory(Path(self._section.out))
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.finish({"rows": [row.as_dict()]})
+        print(render([row]))
+
+    def _calibrate(
+        self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory
+    ) -> dict[str, object]:
+        loggers = self._loggers(run.path)
+        pretrained = load(model.pretrained, model.trust_remote_code)
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        rows = comparison.baselines(pretrained, model.recipe.scheme)
+        job = Job(
+            pretrained,
+            model.recipe,
+            run,
+            lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),
+            self.trainer.strategy.root_device,
+            datamodule.seed,
+        )
+        quantize(job, datamodule.calibration())
+        method = Path(str(self._section.config[-1])).stem
+        rows.append(comparison.checkpoint(str(run.checkpoint), method))
+        return {"rows": [row.as_dict() for row in rows], "blocks": run.all_metrics()}
+
+    def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
+        """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
+        configured = self.config_init[self.subcommand].trainer.logger
+        if configured is not None:
+            return configured
+        table = CSVLogger(path, name="logs")
+        return [table, TensorBoardLogger(path, name="logs", version=table.version)]
+
+    def _configuration(self) -> str:
+        """The resolved configuration, as YAML that replays the run."""
+        section = self._section.clone()
+        del section["config"], section["out"]
+        return self._parser(self.subcommand).dump(section, skip_none=False, skip_validation=True)
+
+    @property
+    def _section(self):
+        """The parsed configuration of the running subcommand."""
+        return self.config[self.subcommand]
+
+
+def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+    """Everything that can be refused before weights are read and files are written."""
+    source = locate(model.pretrained)
+    config = load_config(source, model.trust_remote_code)
+    architecture = architecture_of(config.model_type)
+    empty = skeleton(config)
+    heads = getattr(config, architecture.heads)
+    switches(empty.get_submodule(architecture.blocks)[0], architecture, heads, model.recipe)
+    datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
+    datamodule.calibration()
+    datamodule.evaluation()
+
+
+def _quiet() -> None:
+    """Silences what Lightning says once per Trainer, of which there is one per block."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
+    _quiet()
+    try:
+        CommandLine(arguments)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,78 @@
+"""The models of the final table: full precision, round-to-nearest, and what calibration made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from aq_lightning.calibration import rounded_to_nearest
+from aq_lightning.evaluation import PerplexityTest, Row, effective_bits
+from aq_lightning.export.compressed_tensors import read
+from aq_lightning.export.loading import open_model
+from aq_lightning.models.loading import Pretrained, architecture_of
+from aq_lightning.qtensor import QTensor
+from aq_lightning.quantizers import quantized_activations
+from aq_lightning.scheme import Grid, Scheme
+
+
+class Comparison:
+    """Scores models on the same windows.
+
+    Args:
+        loader: evaluation windows.
+        trainer: makes a Trainer for one test.
+    """
+
+    def __init__(self, loader: DataLoader, trainer: Callable[[], Trainer]) -> None:
+        self.loader = loader
+        self.trainer = trainer
+
+    def baselines(self, pretrained: Pretrained, scheme: Scheme) -> list[Row]:
+        """Full precision and round-to-nearest of a loaded model, whose parameters come back as they were."""
+        full = Row("full precision", self._perplexity(pretrained.model), torch.finfo(pretrained.storage).bits)
+        blocks, storage = list(pretrained.blocks), pretrained.storage
+        with (
+            rounded_to_nearest(blocks, pretrained.architecture, pretrained.heads, scheme, storage),
+            quantized_activations(blocks, scheme.activation),
+        ):
+            nearest = self._perplexity(pretrained.model)
+        return [full, Row("round to nearest", nearest, nearest_bits(blocks, scheme.weight, storage))]
+
+    def checkpoint(self, pretrained: str, name: str, trust_remote_code: bool = False) -> Row:
+        """Any model by its directory or id, quantized or not, read from its files."""
+        model, _, scheme = open_model(pretrained, trust_remote_code=trust_remote_code)
+        if scheme is None:
+            return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
+        blocks = model.get_submodule(architecture_of(model.config.model_type).blocks)
+        with quantized_activations(blocks, scheme.activation):
+            return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained))[1]))
+
+    def _perplexity(self, model: nn.Module) -> float:
+        """Perplexity on the Trainer's device: as stored on a GPU, in float32 on a CPU, which has no fast half types."""
+        trainer = self.trainer()
+        stored = model.dtype
+        if trainer.strategy.root_device.type == "cpu":
+            model.float()
+        (scores,) = trainer.test(PerplexityTest(model.eval()), self.loader, verbose=False)
+        model.to("cpu", stored)
+        return scores["perplexity"]
+
+
+def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) -> float:
+    """Effective bits per weight of a grid on the blocks' linears, without any bias."""
+    shapes = [m.weight.shape for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    shells = (
+        QTensor(
+            torch.empty(shape, dtype=torch.uint8, device="meta"),
+            torch.empty(shape[0], grid.groups(shape[1]), dtype=storage, device="meta"),
+            torch.empty(0, dtype=torch.uint8, device="meta"),
+            grid,
+        )
+        for shape in shapes
+    )
+    return effective_bits({f"{index}.weight": shell for index, shell in enumerate(shells)})

