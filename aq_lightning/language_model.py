@@ -58,7 +58,9 @@ class QuantizedLanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise RequestError(f"A step reads at least 1 window, got model.batch_size {batch_size}: set it to 1 or more.")
+            raise RequestError(
+                f"A step reads at least 1 window, got model.batch_size {batch_size}: set it to 1 or more."
+            )
         self.pretrained = pretrained
         self.trust_remote_code = trust_remote_code
         self.recipe = Recipe(

@@ -6,8 +6,8 @@ With codes :math:`u \in \{0, …, 2^b - 1\}`, scale :math:`s > 0` and integer ze
 
 The range [lo, hi] of a group always contains 0, so :math:`z` is in range and 0 is represented exactly:
 asymmetric :math:`s = (hi - lo) / (2^b - 1)`, :math:`z = \mathrm{round}(-lo / s)`; symmetric
-:math:`s = \max(|lo|, |hi|) / \tfrac{2^b - 1}{2}`, :math:`z = 2^{b-1}` (the rule of compressed-tensors, so that the dynamic
-activation grid of a checkpoint is the one that was trained).
+:math:`s = \max(|lo|, |hi|) / \tfrac{2^b - 1}{2}`, :math:`z = 2^{b-1}`: the rule of compressed-tensors to the last bit
+(a token's largest element lies on a rounding tie), so that the activation grid of a checkpoint is the one trained.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None =
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:
-        scale = torch.maximum(-low, high) / ((grid.levels - 1) / 2)  # divided as clients divide: ties
+        scale = torch.maximum(-low, high) / ((grid.levels - 1) / 2)
     else:
         scale = (high - low) / (grid.levels - 1)
     if storage is not None:

@@ -75,4 +75,3 @@ def add_shift_biases(
 def _over_outputs(weight: Tensor, direction: Callable[[Tensor], Tensor]) -> Tensor:
     """Applies a map to what a norm's gain (channels) or a linear's weight (out, in) produces."""
     return direction(weight) if weight.ndim == 1 else direction(weight.T).T
-

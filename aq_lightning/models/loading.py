@@ -66,7 +66,9 @@ class Pretrained:
         """Linears outside the blocks: the output head."""
         inside = {module for block in self.blocks for module in block.modules()}
         return [
-            name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and module not in inside
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module not in inside
         ]
 
     def outside(self) -> dict[str, Tensor]:
