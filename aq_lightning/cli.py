@@ -18,7 +18,7 @@ from aq_lightning.data import TokenWindows
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import architecture_of, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import Pretrained, architecture_of, load, load_config, load_tokenizer, locate, skeleton
 from aq_lightning.pipeline import Job, quantize
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -80,11 +80,17 @@ class CommandLine(LightningCLI):
             raise RequestError(
                 "fit needs a method and a place: add --config configs/affinequant.yaml (or another) and --out RUN."
             )
+        if (self._section.trainer.max_epochs or 0) < 0:
+            raise RequestError(
+                f"A block is fitted for 0 or more epochs, got {self._section.trainer.max_epochs}: "
+                "set --trainer.max_epochs."
+            )
         run = RunDirectory.check(Path(self._section.out), configuration)
         if run.results is None:
             _check(model, datamodule)
+            pretrained = load(model.pretrained, model.trust_remote_code)
             run.create(configuration)
-            results = self._calibrate(model, datamodule, run)
+            results = self._calibrate(pretrained, model, datamodule, run)
             run.finish(results)
         print(render([Row(**row) for row in run.results["rows"]]))
         print(f"checkpoint: {run.checkpoint}")
@@ -102,10 +108,9 @@ class CommandLine(LightningCLI):
         print(render([row]))
 
     def _calibrate(
-        self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory
+        self, pretrained: Pretrained, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory
     ) -> dict[str, object]:
         loggers = self._loggers(run.path)
-        pretrained = load(model.pretrained, model.trust_remote_code)
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
         rows = comparison.baselines(pretrained, model.recipe.scheme)
         job = Job(
@@ -163,6 +168,7 @@ def _quiet() -> None:
         ".*GPU available but not used.*",
         ".*Checkpoint directory .* exists.*",
         ".*LeafSpec.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen blocks belong in eval mode
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -57,9 +57,9 @@ class Comparison:
         trainer = self.trainer()
         stored = model.dtype
         if trainer.strategy.root_device.type == "cpu":
-            model.float()
+            _cast(model, torch.float32)
         (scores,) = trainer.test(PerplexityTest(model.eval()), self.loader, verbose=False)
-        model.to("cpu", stored)
+        _cast(model.to("cpu"), stored)
         return scores["perplexity"]
 
 
@@ -76,3 +76,9 @@ def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) 
         for shape in shapes
     )
     return effective_bits({f"{index}.weight": shell for index, shell in enumerate(shells)})
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Converts the parameters alone: rotary tables are buffers and keep their own precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -35,6 +35,8 @@ class QuantizedLanguageModel(LightningModule):
         batch_size: windows of text per optimizer step.
         plan: which blocks are fitted together.
         streams: how activations are cached.
+        compiled: whether training steps run through torch.compile, once for all blocks alike; null: on a GPU only,
+            where it pays from the first block on.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
         trust_remote_code: whether code from the hub may run.
@@ -53,6 +55,7 @@ class QuantizedLanguageModel(LightningModule):
         batch_size: int = 1,
         plan: WindowPlan = WindowPlan(),
         streams: StreamStorage = StreamStorage(),
+        compiled: bool | None = None,
         layout: Layout = "padded",
         trust_remote_code: bool = False,
     ) -> None:
@@ -74,6 +77,7 @@ class QuantizedLanguageModel(LightningModule):
             batch_size=batch_size,
             plan=plan,
             streams=streams,
+            compiled=compiled,
             layout=layout,
         )
 

@@ -26,6 +26,7 @@ from aq_lightning.calibration import (
     reset_peak_memory,
     switches,
 )
+from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors
 from aq_lightning.models.loading import Pretrained, save_companions
@@ -95,13 +96,17 @@ def calibrate(
     began = time.monotonic()
     reset_peak_memory(job.device)
     scratch = job.journal.scratch(position.index)
-    rtn_loss = live.loss(live.attach_nearest(), inputs, target)
+    rtn_loss = live.nearest_loss(inputs, target)
     attached = live.attach(activations)
-    initial_loss = live.loss(attached, inputs, target)
+    initial_loss = live.loss([block.snapshot() for block in attached], inputs, target)
     module = BlockCalibration(attached, live.arguments, job.recipe, position)
     if module.trainable():
         job.trainer(scratch).fit(module, pairs(inputs, target, job.recipe.batch_size, job.seed + position.index))
         module.to(job.device)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in module.trained().values()):
+        raise RequestError(
+            f"Training keeps every parameter finite, got others in block {position.index}: lower model.learning_rates."
+        )
     merged = live.merge(attached)
     metrics = {
         "block": position.index,
@@ -119,6 +124,8 @@ def calibrate(
 def export(job: Job) -> None:
     """Writes the checkpoint from the journal's windows and the model's other tensors."""
     recipe, model = job.recipe, job.pretrained
+    if job.journal.checkpoint.exists():  # written at once, so whole
+        return
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
     with TemporaryDirectory() as companions:

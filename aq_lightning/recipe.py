@@ -90,5 +90,7 @@ class Recipe:
     """Which blocks are fitted together."""
     streams: StreamStorage
     """How activations are cached."""
+    compiled: bool | None
+    """Whether training steps run through torch.compile; None: on a GPU."""
     layout: Layout
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Factor, FactorFactory, Map, Transform
+
+BlockFunction = Callable[..., Tensor]
+"""(hidden, **arguments) → hidden: a block, or what stands for one."""
 
 
 class AttachedBlock(nn.Module):
@@ -45,6 +48,12 @@ class AttachedBlock(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             tensors = self.effective(hidden.dtype)
         return functional_call(self.block, tensors, (hidden,), arguments)
+
+    @torch.no_grad()
+    def snapshot(self) -> BlockFunction:
+        """The quantized block as it is now; its tensors are computed once, in the block's own dtype."""
+        tensors = self.effective(next(self.block.parameters()).dtype)
+        return lambda hidden, **arguments: functional_call(self.block, tensors, (hidden,), arguments)
 
     def effective(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Parameters of the transformed and fake-quantized block, by name; differentiable."""

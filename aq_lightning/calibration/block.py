@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from lightning.pytorch import LightningModule
@@ -50,8 +51,10 @@ class BlockCalibration(LightningModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
+        compiled = self.device.type == "cuda" if self.recipe.compiled is None else self.recipe.compiled
+        answer = _compiled() if compiled else _answer
         for block, others in zip(self.blocks, self.arguments, strict=True):
-            hidden = block(hidden, **others)
+            hidden = answer(block, hidden, others)
         return hidden
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -59,10 +62,8 @@ class BlockCalibration(LightningModule):
         dtype = next(self.blocks[0].block.parameters()).dtype
         loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
         self.loss.update(loss.detach())
+        self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        self.log("loss", self.loss, logger=False)
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
@@ -97,6 +98,16 @@ class BlockCalibration(LightningModule):
             for name, tensor in self.blocks.state_dict().items()
             if ".block." not in name
         }
+
+
+def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
+    return block(hidden, **others)
+
+
+@cache
+def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
+    """One compiled function for the process: blocks of one shape share its code."""
+    return torch.compile(_answer)
 
 
 class Pairs(Dataset):

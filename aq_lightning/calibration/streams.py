@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aq_lightning.calibration.attach import BlockFunction
 from aq_lightning.errors import RequestError
 from aq_lightning.recipe import StreamStorage
 
@@ -80,14 +81,21 @@ def _passing_through(blocks: Sequence[nn.Module], inputs: list[Tensor]) -> Itera
 
 
 @torch.no_grad()
-def run(blocks: Sequence[nn.Module], arguments: Sequence[Arguments], stream: Tensor, batch_size: int) -> Tensor:
-    """Passes a stream through blocks, in the blocks' own precision and on their device.
+def run(
+    blocks: Sequence[BlockFunction],
+    arguments: Sequence[Arguments],
+    stream: Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Passes a stream through blocks, in float32.
 
     Args:
-        blocks: consecutive blocks on one device.
-        arguments: of each block, on that device.
+        blocks: consecutive blocks on the device, or what stands for them.
+        arguments: of each block, on the device.
         stream: (samples, length, hidden), anywhere.
         batch_size: samples per pass.
+        device: the blocks'.
 
     Returns:
         A new stream like the given one.
@@ -95,10 +103,9 @@ def run(blocks: Sequence[nn.Module], arguments: Sequence[Arguments], stream: Ten
     Raises:
         RequestError: the result overflows the stream's dtype.
     """
-    like = next(blocks[0].parameters())
     result = torch.empty_like(stream)
     for start in range(0, len(stream), batch_size):
-        hidden = stream[start : start + batch_size].to(like.device, like.dtype)
+        hidden = stream[start : start + batch_size].to(device, torch.float32)
         for block, others in zip(blocks, arguments, strict=True):
             hidden = block(hidden, **others)
         result[start : start + batch_size] = hidden

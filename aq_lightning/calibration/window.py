@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from aq_lightning.calibration.attach import AttachedBlock, attach, gained_biases, install, merge
+from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.streams import Arguments, run, to_device
 from aq_lightning.models.loading import Pretrained
@@ -41,12 +42,13 @@ class LiveWindow:
         self.pretrained = pretrained
         self.recipe = recipe
         self.indices = indices
+        self.device = device
         self.blocks = [pretrained.blocks[index].to(device, torch.float32) for index in indices]
         self.arguments = [to_device(arguments[index], device) for index in indices]
 
     def run(self, stream: Tensor) -> Tensor:
         """The blocks' answer to a stream, (samples, length, hidden) → a new one."""
-        return run(self.blocks, self.arguments, stream, self.recipe.batch_size)
+        return self._run(self.blocks, stream)
 
     def attach(self, activations: Sequence[Ranges]) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed."""
@@ -55,13 +57,14 @@ class LiveWindow:
             initialize(block, ranges)
         return attached
 
-    def attach_nearest(self) -> list[AttachedBlock]:
-        """Round-to-nearest on each block."""
-        return [self._attach(block, {}, MinMax) for block in self.blocks]
+    def nearest_loss(self, inputs: Tensor, target: Tensor) -> float:
+        """Objective of the window's blocks rounded to nearest, without transforms."""
+        nearest = [self._attach(block, {}, MinMax).snapshot() for block in self.blocks]
+        return self.loss(nearest, inputs, target)
 
-    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
-        """Objective of ``blocks`` (this window's, attached or not) over all samples."""
-        output = run(blocks, self.arguments, inputs, self.recipe.batch_size)
+    def loss(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor) -> float:
+        """Mean objective over all samples of this window's blocks, or of what stands for them."""
+        output = self._run(blocks, inputs)
         parts = [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(output, target, strict=True)]
         return float(torch.stack(parts).mean())
 
@@ -81,9 +84,13 @@ class LiveWindow:
             install(block, mine)
 
     def release(self) -> None:
-        """Frees the blocks' memory."""
+        """Frees the blocks' memory, and the streams that a Trainer's loops hold in reference cycles."""
         for block in self.blocks:
             block.to("meta")
+        gc.collect()
+
+    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor) -> Tensor:
+        return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device)
 
     def _attach(self, block: nn.Module, transforms: Mapping, weight_quantizer: object) -> AttachedBlock:
         model = self.pretrained

@@ -138,6 +138,7 @@ def _write_shards(folder: Path, shards: Iterable[Mapping[str, Tensor]], metadata
         if twice:
             raise RequestError(f"A tensor belongs to one shard, got {sorted(twice)} in two: write each once.")
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / f"{count}.part", metadata)
+        _order_header(folder / f"{count}.part")
         files |= dict.fromkeys(shard, count)
         total_size += sum(tensor.nbytes for tensor in shard.values())
         count += 1
@@ -173,3 +174,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _order_header(path: Path) -> None:
+    """Sorts the header's notes, which safetensors writes in random order: the same content is the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -82,8 +83,11 @@ class Pretrained:
         }
 
     def config(self) -> dict[str, object]:
-        """Content of ``config.json``."""
-        return {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
+        """Content of ``config.json``, without the path that the model was read from."""
+        fields = {
+            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "_model_name_or_path")
+        }
+        return {**fields, "architectures": [type(self.model).__name__]}
 
     @property
     def storage(self) -> torch.dtype:
@@ -126,7 +130,7 @@ def architecture_of(model_type: str) -> Architecture:
         RequestError: no such file.
     """
     here = Path(__file__).parent
-    known = sorted(path.stem for path in here.glob("*.py") if "SPEC = Architecture(" in path.read_text())
+    known = sorted(path.stem for path in here.glob("*.py") if re.search(r"^SPEC = ", path.read_text(), re.M))
     if model_type not in known:
         raise RequestError(
             f"The model's architecture must be one of {', '.join(known)}, got {model_type!r}: a new one needs one file "
@@ -243,7 +247,7 @@ def _reading(source: Source) -> Iterator[None]:
     try:
         with quiet:
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         absent = "" if os.path.isdir(source.location) else " (no directory of that name here, and not had from the hub)"
         raise RequestError(

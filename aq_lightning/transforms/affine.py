@@ -24,7 +24,7 @@ def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tenso
     """(size, size): 1 on the diagonal, ``stability`` where ``0 < |i − j| ≤ width``, 0 elsewhere (paper, eq. 6)."""
     index = torch.arange(size, device=like.device)
     distance = (index[:, None] - index).abs()  # (size, size)
-    band = torch.where(distance <= width, stability, 0.0).to(like.dtype)
+    band = (distance <= width).to(like.dtype) * stability
     return torch.where(distance == 0, torch.ones((), dtype=like.dtype, device=like.device), band)
 
 
@@ -71,4 +71,7 @@ class Affine(Factor):
         return self.shape.join(torch.einsum("...bgs,bst->...bgt", self.shape.split(x), matrix))
 
     def condition(self) -> Tensor:
-        return torch.linalg.cond(self.effective().detach()).max()
+        matrix = self.effective().detach()
+        if not bool(torch.isfinite(matrix).all()):
+            return matrix.new_tensor(float("inf"))
+        return torch.linalg.cond(matrix).max()

@@ -37,14 +37,15 @@ class RopePair(Factor):
         """Stays at 1."""
 
     def forward(self, dtype: torch.dtype) -> Map:
-        rotation = torch.polar(torch.ones_like(self.angle), -self.angle)  # e^{-iφ}, (blocks, pairs)
-        inverse = rotation * (-self.log_radius).exp()  # 1 / a
-        adjoint = rotation * self.log_radius.exp()  # conj(a)
-        return Map(lambda x: self._times(x, inverse, dtype), lambda w: self._times(w, adjoint, dtype))
+        real, imaginary = self.angle.cos(), -self.angle.sin()  # e^{-iφ}, (blocks, pairs) each
+        radius = self.log_radius.exp()
+        inverse = ((real / radius).to(dtype), (imaginary / radius).to(dtype))  # 1 / a
+        adjoint = ((real * radius).to(dtype), (imaginary * radius).to(dtype))  # conj(a)
+        return Map(lambda x: self._times(x, *inverse), lambda w: self._times(w, *adjoint))
 
-    def _times(self, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Multiplies each pair of (…, blocks · group · size) by its complex factor."""
-        real, imaginary = factor.real[:, None].to(dtype), factor.imag[:, None].to(dtype)  # (blocks, 1, pairs)
+    def _times(self, x: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
+        """Multiplies each pair of (…, blocks · group · size) by its complex factor, (blocks, pairs)."""
+        real, imaginary = real[:, None], imaginary[:, None]  # (blocks, 1, pairs)
         first, second = self.shape.split(x).chunk(2, dim=-1)  # (…, blocks, group, pairs) each
         product = (first * real - second * imaginary, first * imaginary + second * real)
         return self.shape.join(torch.cat(product, dim=-1))
