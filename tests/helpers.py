@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def relative_error(reference: Tensor, actual: Tensor) -> float:
@@ -47,6 +50,14 @@ def tiny_llama(**changes: object) -> LlamaForCausalLM:
                 parameter.mul_(2.0)
         model.model.embed_tokens.weight[:, ::16] *= 8
     return model
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """``word0`` … ``word94``, one token a word: the vocabulary of :func:`tiny_llama`."""
+    words = ["<unk>", *(f"word{number}" for number in range(95))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
 class TrueRMSNorm(nn.Module):

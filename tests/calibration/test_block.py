@@ -1,0 +1,120 @@
+"""The module that is fitted: its target, its batches, its optimizer, and the start of its transforms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, tiny_llama
+from torch import Tensor
+
+from aq_lightning.calibration import attach, observed, pairs, rounded_to_nearest
+from aq_lightning.calibration.observe import initialize
+from aq_lightning.models.llama import SPEC
+from aq_lightning.objectives import BlockMSE, RelativeMSE
+from aq_lightning.scheme import Scheme
+from aq_lightning.transforms import Diagonal, Shift
+
+
+def gradient(loss: Tensor, y: Tensor) -> Tensor:
+    (result,) = torch.autograd.grad(loss, y)
+    return result
+
+
+def test_merged_target_has_the_gradient_of_both_teachers() -> None:
+    full, same = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    y = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    objective, plain = BlockMSE(same_input=True), BlockMSE()
+    both = gradient(plain.loss(y, full) + plain.loss(y, same), y)
+    target = objective.target(full, same)
+    assert_close("gradient", both, gradient(objective.loss(y, target), y), 1e-14)
+    assert not torch.allclose(both, gradient(plain.loss(y, target), y)), "the factor 2 matters"
+
+
+@pytest.mark.parametrize("objective", [BlockMSE(), RelativeMSE()], ids=lambda o: type(o).__name__)
+def test_without_the_second_teacher_the_target_is_the_first(objective) -> None:
+    full = torch.randn(2, 3, 5)
+    assert objective.target(full, None) is full and not objective.same_input
+    assert objective.loss(full, full) == 0
+
+
+def test_losses_by_hand() -> None:
+    target = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+    output = torch.tensor([[[3.0, 5.0], [2.0, 1.0]]])
+    assert BlockMSE().loss(output, target) == pytest.approx((1 + 4) / 4)
+    assert BlockMSE(same_input=True).loss(output, target) == pytest.approx(2 * (1 + 4) / 4)
+    assert RelativeMSE().loss(output, target) == pytest.approx((1 / 25 + 4 / 1) / 2)
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    output, target = torch.full((1, 1, 4), 300.0).half(), torch.zeros(1, 1, 4).half()
+    assert BlockMSE().loss(output, target) == 90000.0  # beyond float16
+
+
+def test_batches_are_seeded_pairs() -> None:
+    inputs, targets = torch.arange(10.0)[:, None, None], -torch.arange(10.0)[:, None, None]
+
+    def order(seed: int) -> list[float]:
+        seen = []
+        for x, y in pairs(inputs, targets, 4, seed):
+            assert torch.equal(x, -y) and len(x) <= 4
+            seen += x.flatten().tolist()
+        return seen
+
+    torch.manual_seed(1)
+    first = order(3)
+    torch.manual_seed(2)
+    assert order(3) == first and sorted(first) == list(range(10))
+    assert order(4) != first != sorted(first)
+
+
+def test_batches_are_shuffled_anew_each_epoch() -> None:
+    loader = pairs(torch.arange(16.0)[:, None, None], torch.zeros(16, 1, 1), 16, 0)
+    first, second = (next(iter(loader))[0].flatten().tolist() for _ in range(2))
+    assert first != second
+
+
+@torch.no_grad()
+def test_transforms_start_from_what_is_observed() -> None:
+    """SmoothQuant's scale and the mean, from the inputs of the linears and the weights of all consumers."""
+    model = tiny_llama().double()
+    block, hidden = model.model.layers[0], torch.randn(3, 16, 64, dtype=torch.float64)
+    others = {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(16)[None])}
+    recorded: list[Tensor] = []
+    handle = block.mlp.gate_proj.register_forward_pre_hook(lambda _, args: recorded.append(args[0].flatten(0, 1)))
+    with observed([block], SPEC.sites) as ranges:
+        block(hidden[:1], **others), block(hidden[1:], **others)
+    handle.remove()
+    seen = torch.cat(recorded)  # (tokens, 64)
+    transforms = {"mlp_input": [Shift, Diagonal], "value_output": [Diagonal]}
+    attached = attach(block, SPEC, 4, transforms, None, Scheme.parse("w4a16"), torch.float32)
+    initialize(attached, ranges[0])
+    shift, diagonal = attached.transforms["mlp_input"].factors
+    weight = torch.maximum(block.mlp.gate_proj.weight.abs().amax(0), block.mlp.up_proj.weight.abs().amax(0))
+    assert_close("scale", (seen.abs().amax(0) / weight).sqrt()[None], diagonal.log_scale.exp(), 1e-12)
+    assert_close("shift", seen.mean(0)[None], shift.delta, 1e-12)
+    recorded.clear()
+    block(hidden, **others)
+    assert not recorded and not block.mlp.gate_proj._forward_pre_hooks, "hooks are gone"
+
+
+@torch.no_grad()
+def test_baseline_gives_every_weight_back() -> None:
+    model = tiny_llama().half()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scheme = Scheme.parse("w3a16g32")
+    with rounded_to_nearest(model.model.layers, SPEC, 4, scheme, torch.float16):
+        inside = model.state_dict()
+        changed = {name for name in before if not torch.equal(inside[name], before[name])}
+        assert changed == {name for name in before if "_proj.weight" in name}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_baseline_gives_weights_back_after_a_crash() -> None:
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        rounded_to_nearest(model.model.layers, SPEC, 4, Scheme.parse("w2a16"), torch.float32),
+    ):
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,81 @@
+"""Learned clipping starts as round-to-nearest, and its gradient finds better ranges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import nn
+
+from aq_lightning.errors import RequestError
+from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
+from aq_lightning.scheme import Grid
+
+GRIDS = [Grid(3), Grid(4, 16), Grid(2, 8, True), Grid(8, None, True)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_wide_open_clipping_is_min_max(grid: Grid) -> None:
+    weight = torch.randn(6, 32, dtype=torch.float64)
+    shape = (6, 32)
+    reference = MinMax(grid, shape, torch.float16).quantize(weight)
+    opened = LearnedClipping(grid, shape, torch.float16, start=40.0).quantize(weight)
+    assert torch.equal(opened.codes, reference.codes) and torch.equal(opened.scale, reference.scale)
+    started = LearnedClipping(grid, shape, torch.float16).quantize(weight)
+    assert_close("scale", reference.scale * torch.tensor(4.0).sigmoid(), started.scale, 1e-3)
+    assert not torch.equal(started.scale, reference.scale)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradient_reaches_the_clipping(grid: Grid) -> None:
+    quantizer = LearnedClipping(grid, (6, 32), torch.float16, start=1.0)
+    weight = torch.randn(6, 32, dtype=torch.float64)
+    (quantizer(weight) - weight).square().sum().backward()
+    reached = (quantizer.lower.grad != 0) | (quantizer.upper.grad != 0)
+    assert bool(reached.all()), "every group"
+    if not grid.symmetric:
+        assert bool((quantizer.lower.grad != 0).all()) and bool((quantizer.upper.grad != 0).all())
+
+
+def test_gradient_passes_the_zero_point() -> None:
+    """Straight through its rounding: a value clamped at the top is (levels − 1 − z) s, which depends on z."""
+    quantizer = LearnedClipping(Grid(2), (1, 8), torch.float32, start=0.0)
+    weight = torch.tensor([[-4.0, -3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 6.0]], dtype=torch.float64)
+    quantizer(weight)[0, -1].backward()
+    # s = (h − l) / 3 and, straight through, dz/dh = d(−l / s)/dh = l / (3 s²), hence by the product rule:
+    low, high = -2.0, 3.0  # σ(0) of −4 and 6
+    scale = (high - low) / 3
+    zero = round(-low / scale)
+    expected = (3 - zero) / 3 - scale * low / (3 * scale**2)
+    assert quantizer.upper.grad.item() == pytest.approx(expected * 6.0 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits, ratio", [(2, 0.8), (3, 0.99), (4, 0.99)])
+def test_training_the_clipping_lowers_the_error(bits: int, ratio: float) -> None:
+    weight = torch.randn(16, 64, dtype=torch.float64)
+    weight[:, 3] *= 4
+    quantizer = LearnedClipping(Grid(bits), (16, 64), torch.float16)
+    nearest = (MinMax(Grid(bits), (16, 64), torch.float16)(weight) - weight).square().mean()
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        error = (quantizer(weight) - weight).square().mean()
+        error.backward()
+        optimizer.step()
+    assert error < ratio * nearest
+
+
+def test_group_that_does_not_divide_is_refused() -> None:
+    for kind in (MinMax, LearnedClipping):
+        with pytest.raises(RequestError, match="divide the 32 input channels.*got 24"):
+            kind(Grid(4, 24), (6, 32), torch.float16)
+
+
+def test_activations_are_quantized_only_while_asked() -> None:
+    linear, x = nn.Linear(8, 4), torch.randn(3, 8)
+    plain = linear(x)
+    with quantized_activations([nn.Sequential(linear)], Grid(3, symmetric=True)):
+        assert not torch.equal(linear(x), plain)
+    assert torch.equal(linear(x), plain)
+    with quantized_activations([linear], None):
+        assert torch.equal(linear(x), plain)

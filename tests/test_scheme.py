@@ -1,0 +1,53 @@
+"""Names of schemes say everything that a scheme is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aq_lightning.errors import RequestError
+from aq_lightning.scheme import Grid, Scheme
+
+NAMES = st.builds(
+    lambda weight, activation, group, symmetry: f"w{weight}a{activation}{group}{symmetry}",
+    st.integers(2, 8),
+    st.sampled_from([2, 3, 4, 6, 8, 16]),
+    st.one_of(st.just(""), st.integers(1, 4096).map(lambda size: f"g{size}")),
+    st.sampled_from(["", "sym"]),
+)
+
+
+@given(NAMES)
+def test_name_round_trip(name: str) -> None:
+    assert str(Scheme.parse(name)) == name
+
+
+def test_what_a_name_means() -> None:
+    assert Scheme.parse("w3a16g64") == Scheme(Grid(3, 64), None)
+    assert Scheme.parse("w4a4") == Scheme(Grid(4), Grid(4, symmetric=True))
+    assert Scheme.parse("w8a8g128sym") == Scheme(Grid(8, 128, symmetric=True), Grid(8, symmetric=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "w4", "a4", "w4a", "w4a16g", "w4a16sym32", "w4a16g-1", " w4a16", "w4a16\n", "w1a16", "w9a16", "w4a1",
+             "w4a15", "w4a17", "w4a16g0", "w04.5a16"]
+)  # fmt: skip
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="got"):
+        Scheme.parse(name)
+
+
+def test_activations_have_no_groups() -> None:
+    with pytest.raises(RequestError, match="per token"):
+        Scheme(Grid(4), Grid(4, 32))
+
+
+@given(st.integers(1, 512), st.integers(1, 512))
+def test_groups_cover_a_row_or_are_refused(width: int, size: int) -> None:
+    if width % size:
+        with pytest.raises(RequestError, match=f"divide the {width} input channels.*got {size}"):
+            Grid(4, size).groups(width)
+    else:
+        assert Grid(4, size).groups(width) * size == width
+    assert Grid(4).groups(width) == 1

@@ -1,0 +1,294 @@
+"""``fit`` and ``test`` from end to end: what a run leaves behind, and that it can be trusted."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from aq_lightning import comparison, pipeline
+from aq_lightning.calibration import BlockCalibration, RunDirectory
+from aq_lightning.cli import main
+from aq_lightning.export.loading import open_model
+from aq_lightning.models.loading import architecture_of
+from aq_lightning.quantizers import quantized_activations
+from callbacks import ConditionNumber
+
+SCHEMES = ["w4a16", "w3a16g32", "w4a4", "w4a16g32sym", "w8a8"]
+IDS = torch.arange(2 * 24).reshape(2, 24) * 7 % 96
+Fit = Callable[..., Path]
+
+
+def digests(directory: Path, pattern: str = "**/*") -> dict[str, str]:
+    """File → sha256 of its bytes."""
+    files = [path for path in directory.glob(pattern) if path.is_file()]
+    assert files, f"no {pattern} in {directory}"
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows(run: Path) -> dict[str, float]:
+    """Model → perplexity of the final table."""
+    return {row["model"]: row["perplexity"] for row in json.loads((run / "results.json").read_text())["rows"]}
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(run.glob("blocks/*/metrics.json"))]
+
+
+@torch.no_grad()
+def answer(directory: Path) -> Tensor:
+    """Logits of a checkpoint in float32, as this package reads it."""
+    model, _, scheme = open_model(str(directory), torch.float32)
+    blocks = model.get_submodule(architecture_of(model.config.model_type).blocks)
+    with quantized_activations(blocks, scheme and scheme.activation):
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def finished(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A finished run of each scheme, made once."""
+    made: dict[str, Path] = {}
+
+    def run(scheme: str) -> Path:
+        if scheme not in made:
+            made[scheme] = fit(scheme, tmp_path_factory.mktemp("finished") / scheme)
+        return made[scheme]
+
+    return run
+
+
+@pytest.fixture
+def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, str, int], None]]:
+    """Makes the ``call``-th call of a function raise, once."""
+
+    def arrange(owner: object, name: str, call: int) -> None:
+        original, left = getattr(owner, name), [call]
+
+        def stand_in(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("power cut")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, stand_in)
+
+    yield arrange
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_run_directory(finished: Callable[[str], Path], scheme: str) -> None:
+    run = finished(scheme)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "blocks", "logs", "checkpoint", "results.json"}
+    assert [path.name for path in sorted((run / "blocks").iterdir())] == ["0000", "0001"]
+    for block in (run / "blocks").iterdir():
+        assert {path.name for path in block.iterdir()} == {
+            "metrics.json", "transforms.safetensors", "weights.safetensors"
+        }  # fmt: skip
+        learnt = load_file(block / "transforms.safetensors")
+        assert learnt and all(tensor.dtype == torch.float64 for tensor in learnt.values())
+    names = {path.name for path in (run / "checkpoint").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert not [path for path in run.rglob("*") if "partial" in path.name]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
+    run = finished(scheme)
+    assert list(rows(run)) == ["full precision", "round to nearest", "affinequant"]
+    assert all(math.isfinite(value) and value > 1 for value in rows(run).values())
+    assert len({*rows(run).values()}) == 3
+    blocks = metrics(run)
+    assert [block["block"] for block in blocks] == [0, 1]
+    numbers = [value for block in blocks for name, value in block.items() if name != "condition"]
+    conditions = [value for block in blocks for value in block["condition"].values()]
+    assert all(math.isfinite(value) for value in numbers) and all(1 <= value < 1e6 for value in conditions)
+    # At 8 bits rounding is so fine that two epochs do not make up for a range that starts clipped to 98 %.
+    bound = "initial_loss" if scheme == "w8a8" else "rtn_loss"
+    assert sum(block["loss"] for block in blocks) <= sum(block[bound] for block in blocks)
+    assert json.loads((run / "results.json").read_text())["blocks"] == blocks
+
+
+def test_blocks_are_fitted_with_their_activations_quantized(finished: Callable[[str], Path]) -> None:
+    """The same 4-bit weights lose more, already in block 0, when their inputs have 4 bits too."""
+    with_activations, without = (metrics(finished(scheme))[0] for scheme in ("w4a4", "w4a16"))
+    for loss in ("rtn_loss", "initial_loss", "loss"):
+        assert with_activations[loss] > 1.5 * without[loss]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_computes_the_same(
+    finished: Callable[[str], Path], model_directory: Path, scheme: str, tmp_path: Path
+) -> None:
+    checkpoint = finished(scheme) / "checkpoint"
+    ours = answer(checkpoint)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)(IDS).logits
+    assert (theirs - ours).abs().max() == 0.0
+    assert (answer(model_directory) - ours).abs().max() > 1e-3, "rounding must show"
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_config_replays_to_the_same_bytes(finished: Callable[[str], Path], tmp_path: Path, scheme: str) -> None:
+    main(["fit", f"--config={finished(scheme) / 'config.yaml'}", f"--out={tmp_path / 'replay'}"])
+    assert digests(tmp_path / "replay" / "checkpoint") == digests(finished(scheme) / "checkpoint")
+    for pattern in ("blocks/*/*.safetensors", "config.yaml"):
+        assert digests(tmp_path / "replay", pattern) == digests(finished(scheme), pattern)
+    assert list(rows(tmp_path / "replay").values()) == list(rows(finished(scheme)).values())
+
+
+def test_other_seeds_give_other_bytes(finished: Callable[[str], Path], fit: Fit, tmp_path: Path) -> None:
+    """Negative control of every comparison of bytes; the order of samples alone makes a difference."""
+    other = fit("w4a16", tmp_path / "run", "--data.seed=43")
+    assert digests(other / "checkpoint") != digests(finished("w4a16") / "checkpoint")
+
+
+def test_rerun_prints_the_table_and_touches_nothing(
+    finished: Callable[[str], Path], fit: Fit, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    fit("w4a16", tmp_path / "run")
+    table = capsys.readouterr().out
+    assert {line.split("  ")[0] for line in table.splitlines()[:4]} == {"model", *rows(tmp_path / "run")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    fit("w4a16", tmp_path / "run")
+    assert capsys.readouterr().out == table
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+CRASHES = {
+    "in block 0": (BlockCalibration, "training_step", 2),
+    "in block 1": (BlockCalibration, "training_step", 6),  # 8 windows by 4 are 2 steps an epoch, 4 a block
+    "before the commit of block 1": (RunDirectory, "commit", 2),
+    "in the export": (pipeline, "_shards", 1),
+    "after the export": (comparison.Comparison, "checkpoint", 1),
+    "before the table": (RunDirectory, "finish", 1),
+}
+
+
+@pytest.mark.parametrize("moment", list(CRASHES))
+def test_interrupted_run_ends_in_the_same_bytes(
+    finished: Callable[[str], Path], fit: Fit, crash: Callable, tmp_path: Path, moment: str
+) -> None:
+    crash(*CRASHES[moment])
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit("w4a4", tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    fit("w4a4", tmp_path / "run")
+    assert digests(tmp_path / "run" / "checkpoint") == digests(finished("w4a4") / "checkpoint")
+    assert digests(tmp_path / "run", "blocks/*/*.safetensors") == digests(finished("w4a4"), "blocks/*/*.safetensors")
+    assert rows(tmp_path / "run") == rows(finished("w4a4"))
+
+
+def test_finished_blocks_are_not_fitted_again(fit: Fit, crash: Callable, tmp_path: Path) -> None:
+    crash(BlockCalibration, "training_step", 6)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit("w4a16", tmp_path / "run")
+    before = (tmp_path / "run/blocks/0000/metrics.json").stat().st_mtime_ns
+    fit("w4a16", tmp_path / "run")
+    assert (tmp_path / "run/blocks/0000/metrics.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_few_epochs(fit: Fit, tmp_path: Path, epochs: int) -> None:
+    run = fit("w3a16g32", tmp_path / "run", f"--trainer.max_epochs={epochs}")
+    assert math.isfinite(rows(run)["affinequant"])
+    for block in metrics(run):
+        assert (block["loss"] == pytest.approx(block["initial_loss"], rel=1e-3)) == (epochs == 0)
+    learnt = load_file(run / "blocks/0000/transforms.safetensors")
+    mask = learnt["0.transforms.value_output.factors.1.mask"]
+    assert bool((mask[0, -1] != 0) == (epochs == 1)), "one epoch opens the whole band, none leaves the diagonal"
+
+
+def test_training_improves_with_epochs(fit: Fit, tmp_path: Path) -> None:
+    trained = metrics(fit("w3a16g32", tmp_path / "run", "--trainer.max_epochs=8"))
+    assert trained[0]["loss"] < 0.9 * trained[0]["initial_loss"]
+    assert trained[0]["loss"] < 0.9 * trained[0]["rtn_loss"]
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a4"])
+def test_nothing_to_train_is_round_to_nearest(fit: Fit, tmp_path: Path, scheme: str) -> None:
+    run = fit(scheme, tmp_path / "run", config="rtn.yaml")
+    assert rows(run)["rtn"] == pytest.approx(rows(run)["round to nearest"], rel=1e-6)
+    assert all(block["loss"] == pytest.approx(block["rtn_loss"], rel=1e-6) for block in metrics(run))
+    table = json.loads((run / "results.json").read_text())["rows"]
+    assert table[1]["bits"] == table[2]["bits"]
+
+
+def test_two_blocks_in_a_window(fit: Fit, tmp_path: Path) -> None:
+    run = fit("w3a16g32", tmp_path / "run", "--model.plan.size=2", "--trainer.max_epochs=4")
+    (window,) = metrics(run)
+    assert window["loss"] < window["rtn_loss"]
+    learnt = load_file(run / "blocks/0000/transforms.safetensors")
+    assert {name.split(".")[0] for name in learnt} == {"0", "1"}
+    assert (answer(run / "checkpoint")).isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a4"])
+def test_checkpoint_scores_as_in_the_table(
+    finished: Callable[[str], Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, scheme: str
+) -> None:
+    run = finished(scheme)
+    capsys.readouterr()
+    main(
+        ["test", f"--model.pretrained={run / 'checkpoint'}", f"--data.source={text_file}", "--data.length=32"]
+        + ["--trainer.accelerator=cpu", f"--out={tmp_path / 'scored'}"]
+    )
+    (scored,) = rows(tmp_path / "scored").values()
+    assert scored == rows(run)["affinequant"]
+    assert f"{scored:.2f}" in capsys.readouterr().out
+
+
+def test_evaluation_on_another_file(fit: Fit, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(text_file.read_text().split())))
+    run = fit("w4a16", tmp_path / "run", f"--data.evaluation={other}")
+    common = [f"--data.evaluation={other}", "--data.evaluation_length=32", "--trainer.accelerator=cpu"]
+    main(["test", f"--model.pretrained={run / 'checkpoint'}", *common, f"--out={tmp_path / 'scored'}"])
+    assert list(rows(tmp_path / "scored").values()) == [rows(run)["affinequant"]]
+
+
+def test_logs_have_one_row_for_each_block_and_epoch(finished: Callable[[str], Path]) -> None:
+    run = finished("w4a16")
+    with (run / "logs/version_0/metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(float(row["block"]), float(row["epoch"])) for row in table] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [int(row["step"]) for row in table] == [0, 1, 2, 3]
+    assert all(float(row["loss"]) > 0 and float(row["condition/value_output"]) >= 1 for row in table)
+    events = EventAccumulator(str(run / "logs/version_0")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [0, 1, 2, 3]
+    assert [event.value for event in events] == pytest.approx([float(row["loss"]) for row in table])
+
+
+def test_users_own_callback_and_logger(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--trainer.*`` reaches the Trainer of every block."""
+    seen: list[int] = []
+    monkeypatch.setattr(ConditionNumber, "on_train_epoch_end", lambda *_: seen.append(1))
+    run = fit("w4a16", tmp_path / "run", "--trainer.logger=false", "--trainer.max_epochs=3")
+    assert len(seen) == 6
+    assert not (run / "logs").exists()
+
+
+def test_a_real_process_writes_nothing_to_stderr(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "fit", "--config", "configs/affinequant.yaml"]
+    command += ["--model.pretrained", model_directory, "--model.scheme", "w3a16g32", "--data.source", text_file]
+    command += ["--data.samples", "8", "--data.length", "32", "--trainer.max_epochs", "1"]
+    command += ["--trainer.accelerator", "cpu", "--out", tmp_path / "run"]
+    environment = {**os.environ, "AQ_LIGHTNING_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 5, "the table and where the checkpoint is"

@@ -1,0 +1,215 @@
+"""Each factor is the map that its formula says, in both directions, and starts where its paper says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from aq_lightning.errors import RequestError
+from aq_lightning.models.sites import SiteShape
+from aq_lightning.transforms import Affine, Diagonal, Factor, RopePair, Shift, SiteStatistics, Transform
+from aq_lightning.transforms.affine import band_width, gradual_mask
+
+SHAPE = SiteShape(2, 6)
+FACTORS = [Diagonal, Affine, RopePair]
+
+
+def scrambled(kind: type[Factor], shape: SiteShape = SHAPE) -> Factor:
+    """Random and well away from the identity; every parameter stays trainable."""
+    factor = kind(shape)
+    for parameter in factor.parameters():
+        parameter.data += 0.4 * torch.randn_like(parameter)
+    if isinstance(factor, Affine):
+        factor.open_band(0, 1)
+    return factor
+
+
+def explicit(factor: Factor, shape: SiteShape = SHAPE) -> Tensor:
+    """A, (channels, channels), read off the weights' direction: the rows of I Aᵀ are A's columns."""
+    return factor(torch.float64).transpose(torch.eye(shape.channels, dtype=torch.float64)).mT.detach()
+
+
+def slow_mask(size: int, width: int, stability: float) -> Tensor:
+    """The paper's equation 6, entry by entry."""
+    mask = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for j in range(size):
+            if i == j:
+                mask[i, j] = 1.0
+            elif 0 < abs(i - j) <= width:
+                mask[i, j] = stability
+    return mask
+
+
+@pytest.mark.parametrize("width", range(17))
+def test_gradual_mask_is_the_papers(width: int) -> None:
+    like = torch.zeros((), dtype=torch.float64)
+    assert bool((gradual_mask(17, width, 0.3, like) == slow_mask(17, width, 0.3)).all())
+
+
+@given(st.integers(1, 60), st.integers(1, 300))
+def test_band_opens_from_the_diagonal_to_the_corner(epochs: int, size: int) -> None:
+    widths = [band_width(epoch, epochs, size) for epoch in range(epochs)]
+    assert widths == sorted(widths) and widths[-1] == size - 1
+    assert epochs == 1 or widths[0] == 0
+    if 1 < epochs:
+        steps = [after - before for before, after in zip(widths, widths[1:], strict=False)]
+        assert max(steps) - min(steps) <= 1, "evenly"
+
+
+def test_corners_open_where_floating_point_leaves_them_shut() -> None:
+    """The reference's int((d − 1) / (E − 1) · e) is 4094 there."""
+    assert int((4096 - 1) / (20 - 1) * 19) < 4095 == band_width(19, 20, 4096)
+
+
+def test_affine_is_its_masked_matrix() -> None:
+    factor = scrambled(Affine)
+    factor.open_band(1, 3)  # width 2 of 5
+    effective = factor.matrix.detach() * slow_mask(6, 2, 0.1)
+    assert torch.equal(factor.effective(), effective)
+    assert_close("A", torch.block_diag(*effective), explicit(factor), 1e-14)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_directions_are_inverse_and_transpose(kind: type[Factor], group: int) -> None:
+    """Against torch.linalg.inv of the explicit matrix, for members that repeat each block ``group`` times."""
+    factor = scrambled(kind)
+    matrix = torch.block_diag(*(block for each in blocks_of(explicit(factor)) for block in [each] * group))
+    x = torch.randn(5, SHAPE.channels * group, dtype=torch.float64)
+    both = factor(torch.float64)
+    assert_close("x A⁻¹", x @ torch.linalg.inv(matrix), both.inverse(x), 1e-12)
+    assert_close("w Aᵀ", x @ matrix.mT, both.transpose(x), 1e-12)
+    assert relative_error(x, both.inverse(x)) > 0.05
+
+
+def blocks_of(matrix: Tensor) -> list[Tensor]:
+    """The diagonal blocks of (channels, channels); nothing lies outside them."""
+    blocks = [matrix[k : k + 6, k : k + 6] for k in (0, 6)]
+    assert torch.equal(torch.block_diag(*blocks), matrix)
+    return blocks
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_identity_at_first(kind: type[Factor]) -> None:
+    assert torch.equal(explicit(kind(SHAPE)), torch.eye(12, dtype=torch.float64))
+    assert float(kind(SHAPE).condition()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_condition_number(kind: type[Factor]) -> None:
+    factor = scrambled(kind)
+    worst = max(float(torch.linalg.cond(block)) for block in blocks_of(explicit(factor)))
+    assert float(factor.condition()) == pytest.approx(worst, rel=1e-10) and worst > 1.1
+
+
+def test_condition_of_a_product_is_bounded() -> None:
+    factors = [scrambled(Diagonal), scrambled(Affine)]
+    product = Transform(factors)
+    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).detach()
+    exact = max(float(torch.linalg.cond(block)) for block in blocks_of(matrix))
+    assert exact <= float(product.condition()) == pytest.approx(float(factors[0].condition() * factors[1].condition()))
+
+
+def test_factors_act_on_activations_in_the_order_given() -> None:
+    first, second = scrambled(Diagonal), scrambled(Affine)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = x @ torch.linalg.inv(explicit(first)) @ torch.linalg.inv(explicit(second))
+    assert_close("x A₁⁻¹ A₂⁻¹", expected, Transform([first, second])(torch.float64).inverse(x), 1e-12)
+    assert relative_error(expected, Transform([second, first])(torch.float64).inverse(x)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maps_are_handed_out_in_the_precision_asked_for(dtype: torch.dtype) -> None:
+    for kind in FACTORS:
+        factor, x = scrambled(kind), torch.randn(2, 12, dtype=dtype)
+        assert factor(dtype).inverse(x).dtype == factor(dtype).transpose(x).dtype == dtype
+        assert {parameter.dtype for parameter in factor.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("direction", ["inverse", "transpose"])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_gradients(kind: type[Factor], direction: str) -> None:
+    """Of the output in the input and in every parameter, against finite differences."""
+    factor = scrambled(kind)
+
+    def through(x: Tensor, *_: Tensor) -> Tensor:
+        return getattr(factor(torch.float64), direction)(x)  # gradcheck moves the parameters in place
+
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(through, (x, *factor.parameters()))
+
+
+def rotary(positions: int, size: int) -> tuple[Tensor, Tensor]:
+    frequency = 100.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency).repeat(1, 2)[None]
+    return angle.cos(), angle.sin()
+
+
+def scores(q: Tensor, k: Tensor, shape: SiteShape, positions: int) -> Tensor:
+    """q·k after HF's rotary embedding: (heads, positions, positions); grouped queries."""
+    heads = [x.view(1, positions, -1, shape.size).transpose(1, 2) for x in (q, k)]
+    q, k = apply_rotary_pos_emb(*heads, *rotary(positions, shape.size))
+    return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_rope_pair_commutes_with_rotary_embedding(group: int) -> None:
+    q = torch.randn(7, 12 * group, dtype=torch.float64)
+    k = torch.randn(7, 12, dtype=torch.float64)
+    expected = scores(q, k, SHAPE, 7)
+    both = scrambled(RopePair)(torch.float64)
+    assert_close("q·k", expected, scores(both.inverse(q), both.transpose(k), SHAPE, 7), 1e-12)
+    assert relative_error(expected, scores(both.inverse(q), k, SHAPE, 7)) > 0.05
+
+
+@pytest.mark.parametrize("kind", [Diagonal, Affine])
+def test_other_factors_do_not_commute(kind: type[Factor]) -> None:
+    """Negative control, and the reason why the query–key site refuses them."""
+    q, k = torch.randn(2, 7, 12, dtype=torch.float64)
+    both = scrambled(kind)(torch.float64)
+    expected = scores(q, k, SHAPE, 7)
+    assert relative_error(expected, scores(both.inverse(q), both.transpose(k), SHAPE, 7)) > 1e-2
+
+
+def statistics() -> SiteStatistics:
+    low, high = -torch.rand(2, 6, dtype=torch.float64) * 3, torch.rand(2, 6, dtype=torch.float64)
+    return SiteStatistics(low, high, (low + high) / 3, torch.rand(2, 6, dtype=torch.float64) + 0.1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_diagonal_starts_at_smoothquant(alpha: float) -> None:
+    seen, factor = statistics(), Diagonal(SHAPE, alpha)
+    factor.initialize(seen)
+    greatest = torch.maximum(seen.low.abs(), seen.high.abs())
+    assert_close("s", greatest**alpha / seen.weight_max ** (1 - alpha), factor.log_scale.exp(), 1e-12)
+
+
+def test_dead_channels_have_finite_scales() -> None:
+    zeros = torch.zeros(2, 6, dtype=torch.float64)
+    for seen in (SiteStatistics(zeros, zeros, zeros, zeros + 1), SiteStatistics(zeros - 1, zeros, zeros, zeros)):
+        factor = Diagonal(SHAPE)
+        factor.initialize(seen)
+        assert factor.log_scale.isfinite().all()
+
+
+@pytest.mark.parametrize("start", ["zero", "mean", "middle"])
+def test_shift_starts(start: str) -> None:
+    seen, factor = statistics(), Shift(SHAPE, start)
+    factor.initialize(seen)
+    expected = {"zero": torch.zeros(2, 6), "mean": seen.mean, "middle": (seen.low + seen.high) / 2}[start]
+    assert torch.equal(factor.delta, expected)
+    shift = factor(torch.float64).shift(36)
+    assert torch.equal(shift.view(2, 3, 6), factor.delta[:, None].expand(2, 3, 6))
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(RequestError, match=r"alpha lies in \[0, 1\], got 1.5"):
+        Diagonal(SHAPE, 1.5)
+    with pytest.raises(RequestError, match="even head size, got 7"):
+        RopePair(SiteShape(2, 7))
