@@ -29,6 +29,7 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
+_PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
 
 
 class CommandLine(LightningCLI):
@@ -47,7 +48,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={"default_env": False},
+            parser_kwargs={**_PARSER, "fit": _PARSER, "test": _PARSER},
         )
 
     @staticmethod

@@ -29,6 +29,7 @@ from aq_lightning.calibration import (
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors
+from aq_lightning.export.directory import gathered
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.recipe import Recipe
@@ -132,7 +133,7 @@ def export(job: Job) -> None:
         compressed_tensors.write(
             job.journal.checkpoint,
             config,
-            _shards(job),
+            gathered(_tensors(job)),
             recipe.scheme,
             layout=recipe.layout,
             ignore=model.unquantized(),
@@ -140,8 +141,8 @@ def export(job: Job) -> None:
         )
 
 
-def _shards(job: Job) -> Iterator[Mapping[str, Tensor]]:
-    """One shard for what lies outside the blocks, then one per window."""
+def _tensors(job: Job) -> Iterator[Mapping[str, Tensor]]:
+    """What lies outside the blocks, then each window's packed weights."""
     yield job.pretrained.outside()
     for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
         yield job.journal.weights(indices.start)

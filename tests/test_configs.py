@@ -131,10 +131,11 @@ def test_wrong_type_in_a_file(refusal: Callable[..., str], old: str, new: str, n
 
 
 @pytest.mark.parametrize(
-    "argument", ["--model.schme=w4a16", "--data.smaples=3", "--trainer.max_epocks=3", "--model.plan.sise=2", "--aut=x"]
+    "argument",
+    ["--model.schme=w4a16", "--data.smaples=3", "--trainer.max_epoch=3", "--model.plan.siz=2", "--aut=x", "--ou=x"],
 )
 def test_misspelt_argument(refusal: Callable[..., str], argument: str) -> None:
-    """Unambiguous prefixes, which jsonargparse completes, are no misspellings."""
+    """A shortened option is refused too, although it could be completed."""
     assert argument.split("=")[0].lstrip("-") in refusal("scheme", "scheme", argument)
 
 

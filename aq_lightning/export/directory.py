@@ -107,6 +107,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def gathered(shards: Iterable[Mapping[str, Tensor]], limit: int = 4 * 2**30) -> Iterator[dict[str, Tensor]]:
+    """Joins consecutive shards while they fit in one file.
+
+    Args:
+        shards: tensors by name.
+        limit: bytes of tensors in a file, unless one shard alone is larger.
+    """
+    file: dict[str, Tensor] = {}
+    for shard in shards:
+        size = sum(tensor.nbytes for tensor in [*file.values(), *shard.values()])
+        if file and size > limit:
+            yield file
+            file = {}
+        file.update(shard)
+    yield file
+
+
 @contextmanager
 def _atomic(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes ``out`` if the body succeeds and vanishes if it raises."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import assert_close, tiny_llama
+from helpers import assert_close, tiny_llama, with_true_norms
 from torch import Tensor
 
-from aq_lightning.calibration import attach, observed, pairs, rounded_to_nearest
+from aq_lightning.calibration import BlockCalibration, Position, attach, observed, pairs, rounded_to_nearest
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.models.llama import SPEC
 from aq_lightning.objectives import BlockMSE, RelativeMSE
+from aq_lightning.quantizers import LearnedClipping
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Diagonal, Shift
+from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
+
+TRANSFORMS = {
+    "attention_input": [Shift, Diagonal],
+    "query_key": [RopePair],
+    "value_output": [Diagonal, Affine],
+    "mlp_input": [Shift, Diagonal],
+    "mlp_hidden": [Diagonal],
+}
 
 
 def gradient(loss: Tensor, y: Tensor) -> Tensor:
@@ -118,3 +129,24 @@ def test_baseline_gives_weights_back_after_a_crash() -> None:
     ):
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
+def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
+    """One optimizer step of two blocks gives the same gradients compiled; the second block reuses the first's code."""
+    torch._dynamo.utils.counters.clear()
+    model = with_true_norms(tiny_llama().double())  # in float32 another order of sums would round a weight differently
+    hidden = torch.randn(2, 16, 64, dtype=torch.float64)
+    others = [{"position_embeddings": model.model.rotary_emb(hidden, torch.arange(16)[None])}]
+    gradients: dict[bool, list[Tensor]] = {}
+    for compiled in (False, True):
+        recipe = SimpleNamespace(objective=BlockMSE(), compiled=compiled)
+        gradients[compiled] = []
+        for index, block in enumerate(model.model.layers):
+            attached = attach(block, SPEC, 4, TRANSFORMS, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+            module = BlockCalibration([attached], others, recipe, Position(index, index, 2))
+            recipe.objective.loss(module(hidden), hidden).backward()
+            gradients[compiled] += [p.grad for p in module.parameters() if p.requires_grad]
+    for plain, fast in zip(gradients[False], gradients[True], strict=True):
+        assert_close("gradient", plain, fast, 1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

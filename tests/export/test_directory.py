@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.export.directory import StoredTensors, read_config, write_directory
+from aq_lightning.export.directory import StoredTensors, gathered, read_config, write_directory
 
 
 def shards(count: int) -> Iterator[dict[str, Tensor]]:
@@ -125,3 +125,10 @@ def test_refuses_to_overwrite(tmp_path: Path, content: str) -> None:
 def test_reading_nothing(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"holds model\.safetensors or model\.safetensors\.index\.json, got"):
         StoredTensors(tmp_path)
+
+
+def test_shards_are_gathered_up_to_the_limit() -> None:
+    shards = [{f"t{i}": torch.full((i + 1,), float(i))} for i in range(6)]  # 4, 8, 12, 16, 20, 24 bytes
+    files = list(gathered(shards, limit=24))
+    assert [sorted(file) for file in files] == [["t0", "t1", "t2"], ["t3"], ["t4"], ["t5"]]
+    assert [list(file) for file in gathered(shards, limit=10**6)] == [[f"t{i}" for i in range(6)]]
