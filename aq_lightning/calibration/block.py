@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.recipe import Recipe
+from aq_lightning.transforms import Affine
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class BlockCalibration(LightningModule):
         self.loss.update(loss.detach())
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        for matrix in self.matrices():
+            matrix.project()
+
+    def matrices(self) -> list[Affine]:
+        """Every affine matrix of the window."""
+        return [part for block in self.blocks for part in block.transforms.modules() if isinstance(part, Affine)]
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates

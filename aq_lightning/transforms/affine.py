@@ -7,8 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+
+_LEAST_DIAGONAL = 1e-3  # of matrices that start at the identity
 
 
 def band_width(epoch: int, epochs: int, size: int) -> int:
@@ -32,18 +35,26 @@ class Affine(Factor):
     """One dense matrix per block of channels, ``A ⊙ mask``, starting at the identity.
 
     The effective matrix is the masked one everywhere: forward, inverse, merge and file. Before training only the
-    diagonal is open; :class:`callbacks.GradualMask` widens the band.
+    diagonal is open; :class:`callbacks.GradualMask` widens the band. Invertible at every step: :meth:`project` keeps
+    it strictly diagonally dominant by rows (Levy–Desplanques).
 
     Args:
         shape: blocks (key-value heads) and channels of each.
         stability: factor on the off-diagonals (the paper's α, its code's ``sf``), in (0, 1].
+        dominance: greatest ratio of a row's off-diagonals, summed in absolute value, to its diagonal, in (0, 1);
+            None leaves the matrix free, as the paper's code does.
     """
 
     group: ClassVar[Group] = Group.HEAD
 
-    def __init__(self, shape: SiteShape, stability: float = 0.1) -> None:
+    def __init__(self, shape: SiteShape, stability: float = 0.1, dominance: float | None = 0.9) -> None:
         super().__init__()
+        if not 0 < stability <= 1:
+            raise RequestError(f"Affine.stability lies in (0, 1], got {stability}: 0.1 is the paper's for heads.")
+        if dominance is not None and not 0 < dominance < 1:
+            raise RequestError(f"Affine.dominance lies in (0, 1), got {dominance}: use 0.9, or null for none.")
         self.shape = shape
+        self.dominance = dominance
         self.stability = stability
         self.matrix = nn.Parameter(torch.eye(shape.size, dtype=torch.float64).repeat(shape.blocks, 1, 1))
         self.register_buffer("mask", gradual_mask(shape.size, 0, stability, self.matrix))  # (size, size)
@@ -52,9 +63,32 @@ class Affine(Factor):
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
 
     def open_band(self, epoch: int, epochs: int) -> None:
-        """Sets the mask of ``epoch`` (0 … epochs − 1)."""
+        """Sets the mask of ``epoch`` (0 … epochs − 1); entries that open start at 0."""
         width = band_width(epoch, epochs, self.shape.size)
         self.mask.copy_(gradual_mask(self.shape.size, width, self.stability, self.mask))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Scales rows back into dominance; a diagonal entry that training brought below its floor returns to it.
+
+        With row sums at most ``dominance`` times a diagonal of at least the floor, Varah's bound
+        ``‖A⁻¹‖∞ ≤ 1 / ((1 − dominance) · floor)`` holds after every step.
+        """
+        if self.dominance is None:
+            return
+        diagonal = self.matrix.diagonal(dim1=-2, dim2=-1)  # (blocks, size), a view
+        diagonal.clamp_(min=_LEAST_DIAGONAL)
+        sums = self.effective().abs().sum(-1) - diagonal  # (blocks, size)
+        factor = (self.dominance * diagonal / sums.clamp(min=torch.finfo(sums.dtype).tiny)).clamp(max=1)
+        kept = diagonal.clone()
+        self.matrix.mul_(factor[..., None])
+        diagonal.copy_(kept)
+
+    def margin(self) -> Tensor:
+        """Least ``1 − Σ|off-diagonals| / |diagonal|`` over all rows: positive iff strictly dominant; float64 scalar."""
+        matrix = self.effective().detach()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
+        return (1 - (matrix.abs().sum(-1) - diagonal) / diagonal).min()
 
     def effective(self) -> Tensor:
         """``A ⊙ mask``, float64 (blocks, size, size)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close, relative_error
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -213,3 +213,44 @@ def test_bad_requests() -> None:
         Diagonal(SHAPE, 1.5)
     with pytest.raises(RequestError, match="even head size, got 7"):
         RopePair(SiteShape(2, 7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 24),
+    blocks=st.integers(1, 3),
+    scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+    stability=st.sampled_from([1.0, 0.1, 1e-3]),
+    dominance=st.sampled_from([0.1, 0.9, 0.999]),
+    epoch=st.integers(0, 3),
+)
+def test_projection_keeps_rows_dominant(size, blocks, scale, stability, dominance, epoch) -> None:
+    """Whatever a step did to the matrix, its diagonal turned negative included, Levy–Desplanques holds after it."""
+    affine = Affine(SiteShape(blocks, size), stability, dominance)
+    affine.open_band(epoch, 4)
+    with torch.no_grad():
+        affine.matrix += scale * torch.randn_like(affine.matrix)
+    before = affine.effective().detach().clone()
+    affine.project()
+    matrix = affine.effective().detach()
+    assert float(affine.margin()) >= 1 - dominance - 1e-12
+    identity = torch.eye(size, dtype=torch.float64).expand_as(matrix)
+    assert_close("inverse", identity, matrix @ torch.linalg.inv(matrix), 1e-9)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    varah = 1 / ((1 - dominance) * diagonal.min())
+    assert float(torch.linalg.matrix_norm(torch.linalg.inv(matrix), float("inf")).max()) <= varah * (1 + 1e-9)
+    kept = before.abs().sum(-1) - before.diagonal(dim1=-2, dim2=-1).abs() <= dominance * diagonal
+    kept &= before.diagonal(dim1=-2, dim2=-1) >= 1e-3
+    assert torch.equal(matrix[kept], before[kept]), "dominant rows are left alone"
+    twice = matrix.clone()
+    affine.project()
+    assert_close("projection of a projection", twice, affine.effective().detach(), 1e-15)
+
+
+def test_without_dominance_nothing_is_projected() -> None:
+    affine = Affine(SiteShape(2, 8), 1.0, None)
+    affine.open_band(0, 1)
+    affine.matrix.data += torch.randn_like(affine.matrix)
+    before = affine.matrix.detach().clone()
+    affine.project()
+    assert torch.equal(before, affine.matrix) and float(affine.margin()) < 0
