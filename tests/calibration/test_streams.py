@@ -8,7 +8,7 @@ from helpers import assert_close, tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from aq_lightning.calibration.streams import capture, run, to_device
+from aq_lightning.calibration.streams import capture, check_finite, run, to_device
 from aq_lightning.errors import RequestError
 from aq_lightning.recipe import StreamStorage
 
@@ -101,7 +101,7 @@ def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     stream, arguments = capture(model, model.model.layers, windows, StreamStorage(), CPU)
     model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     with pytest.raises(RequestError, match="finite torch.float16.*model.streams.dtype"):
-        run([model.model.layers[0]], arguments[:1], stream, 2, CPU)
+        check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU))
     wide = run([model.model.layers[0]], arguments[:1], stream.float(), 2, CPU)
     assert wide.isfinite().all() and wide.abs().max() > torch.finfo(torch.float16).max
 
