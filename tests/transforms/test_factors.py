@@ -211,7 +211,7 @@ def test_shift_starts(start: str) -> None:
 def test_bad_requests() -> None:
     with pytest.raises(RequestError, match=r"alpha lies in \[0, 1\], got 1.5"):
         Diagonal(SHAPE, 1.5)
-    with pytest.raises(RequestError, match="even head size, got 7"):
+    with pytest.raises(RequestError, match="even number of turned channels, got 7 of a head of 7"):
         RopePair(SiteShape(2, 7))
 
 
