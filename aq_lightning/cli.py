@@ -95,6 +95,10 @@ class CommandLine(LightningCLI):
             results = self._calibrate(pretrained, model, datamodule, run)
             run.finish(results)
         print(render([Row(**row) for row in run.results["rows"]]))
+        blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
+        if blocks:
+            kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
+            print(f"training did not help, so these blocks were left as named: {kept}")
         print(f"checkpoint: {run.checkpoint}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:

@@ -26,10 +26,10 @@ class Comparison:
 
     Args:
         loader: evaluation windows.
-        trainer: makes a Trainer for one test.
+        trainer: makes a Trainer for one test, with the changes given.
     """
 
-    def __init__(self, loader: DataLoader, trainer: Callable[[], Trainer]) -> None:
+    def __init__(self, loader: DataLoader, trainer: Callable[..., Trainer]) -> None:
         self.loader = loader
         self.trainer = trainer
 
@@ -54,10 +54,10 @@ class Comparison:
             return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained))[1]))
 
     def _perplexity(self, model: nn.Module) -> float:
-        """Perplexity on the Trainer's device: as stored on a GPU, in float32 on a CPU, which has no fast half types."""
-        trainer = self.trainer()
+        """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""
+        trainer = self.trainer(precision="32-true")
         stored = model.dtype
-        if trainer.strategy.root_device.type == "cpu":
+        if _fits(model, trainer.strategy.root_device):
             _cast(model, torch.float32)
         (scores,) = trainer.test(PerplexityTest(model.eval()), self.loader, verbose=False)
         _cast(model.to("cpu"), stored)
@@ -77,6 +77,14 @@ def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) 
         for shape in shapes
     )
     return effective_bits({f"{index}.weight": shell for index, shell in enumerate(shells)})
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether the parameters fit into the device in float32 and leave half of it for activations."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)  # bytes
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= free / 2
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

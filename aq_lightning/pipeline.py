@@ -13,20 +13,20 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from aq_lightning.calibration import (
-    BlockCalibration,
     LiveWindow,
     Position,
     Ranges,
     RunDirectory,
     Streams,
     capture,
+    fit,
     observed,
     pairs,
     peak_memory,
     reset_peak_memory,
+    save_trained,
     switches,
 )
-from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors
 from aq_lightning.export.directory import gathered
@@ -97,24 +97,25 @@ def calibrate(
     began = time.monotonic()
     reset_peak_memory(job.device)
     scratch = job.journal.scratch(position.index)
-    rtn_loss = live.nearest_loss(inputs, target)
-    attached = live.attach(activations)
-    initial_loss = live.loss([block.snapshot() for block in attached], inputs, target)
-    module = BlockCalibration(attached, live.arguments, job.recipe, position)
-    if module.trainable():
-        job.trainer(scratch).fit(module, pairs(inputs, target, job.recipe.batch_size, job.seed + position.index))
-        module.to(job.device)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in module.trained().values()):
-        raise RequestError(
-            f"Training keeps every parameter finite, got others in block {position.index}: lower model.learning_rates."
-        )
-    merged = live.merge(attached)
+    result = fit(
+        live,
+        position,
+        activations,
+        (inputs, target),
+        trainer=lambda: job.trainer(scratch),
+        loader=lambda: pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
+    )
+    if result.outcome != "trained":
+        save_trained(result.module, scratch)
+    merged = live.merge(result.module.blocks)
     metrics = {
         "block": position.index,
-        "rtn_loss": rtn_loss,
-        "initial_loss": initial_loss,
+        "outcome": result.outcome,
+        "attempts": result.attempts,
+        "rtn_loss": result.losses["nearest"],
+        "initial_loss": result.losses["start"],
         "loss": live.loss(live.blocks, inputs, target),
-        "condition": module.conditions(),
+        "condition": result.module.conditions(),
         "effective_bits": effective_bits(merged),
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory(job.device),

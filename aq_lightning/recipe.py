@@ -17,6 +17,8 @@ from aq_lightning.quantizers import WeightQuantizerFactory
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import FactorFactory
 
+_GREATEST_RATE = 1e6  # far beyond use, and still a number in every precision
+
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
 
@@ -28,6 +30,13 @@ class LearningRates:
     """Of affine, diagonal, rotary and shift parameters."""
     clipping: float
     """Of the weight quantizers' parameters."""
+
+    def __post_init__(self) -> None:
+        for name, rate in vars(self).items():
+            if not 0 <= rate <= _GREATEST_RATE:
+                raise RequestError(
+                    f"A step size lies in [0, {_GREATEST_RATE:g}], got learning_rates.{name} {rate}: try 5e-3."
+                )
 
 
 @dataclass(frozen=True)

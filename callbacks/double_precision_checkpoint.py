@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
-from safetensors.torch import save_file
 
-from aq_lightning.calibration import BlockCalibration
+from aq_lightning.calibration import BlockCalibration, save_trained
 
 
 class DoublePrecisionCheckpoint(Callback):
@@ -15,4 +14,4 @@ class DoublePrecisionCheckpoint(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
         if trainer.is_global_zero:
-            save_file(pl_module.trained(), Path(trainer.default_root_dir) / "transforms.safetensors")
+            save_trained(pl_module, Path(trainer.default_root_dir))

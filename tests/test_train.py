@@ -99,7 +99,9 @@ def test_run_directory(finished: Callable[[str], Path], scheme: str) -> None:
             "metrics.json", "transforms.safetensors", "weights.safetensors"
         }  # fmt: skip
         learnt = load_file(block / "transforms.safetensors")
-        assert learnt and all(tensor.dtype == torch.float64 for tensor in learnt.values())
+        outcome = json.loads((block / "metrics.json").read_text())["outcome"]
+        assert bool(learnt) == (outcome != "nearest")
+        assert all(tensor.dtype == torch.float64 for tensor in learnt.values())
     names = {path.name for path in (run / "checkpoint").iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert not [path for path in run.rglob("*") if "partial" in path.name]
@@ -110,15 +112,14 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
     run = finished(scheme)
     assert list(rows(run)) == ["full precision", "round to nearest", "affinequant"]
     assert all(math.isfinite(value) and value > 1 for value in rows(run).values())
-    assert len({*rows(run).values()}) == 3
+    assert len({*rows(run).values()}) == 3 or {block["outcome"] for block in metrics(run)} == {"nearest"}
     blocks = metrics(run)
     assert [block["block"] for block in blocks] == [0, 1]
-    numbers = [value for block in blocks for name, value in block.items() if name != "condition"]
+    numbers = [value for block in blocks for name, value in block.items() if name not in ("condition", "outcome")]
     conditions = [value for block in blocks for value in block["condition"].values()]
     assert all(math.isfinite(value) for value in numbers) and all(1 <= value < 1e6 for value in conditions)
-    # At 8 bits rounding is so fine that two epochs do not make up for a range that starts clipped to 98 %.
-    bound = "initial_loss" if scheme == "w8a8" else "rtn_loss"
-    assert sum(block["loss"] for block in blocks) <= sum(block[bound] for block in blocks)
+    for block in blocks:
+        assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"]), "no block ends worse"
     assert json.loads((run / "results.json").read_text())["blocks"] == blocks
 
 
@@ -173,7 +174,7 @@ CRASHES = {
     "in block 0": (BlockCalibration, "training_step", 2),
     "in block 1": (BlockCalibration, "training_step", 6),  # 8 windows by 4 are 2 steps an epoch, 4 a block
     "before the commit of block 1": (RunDirectory, "commit", 2),
-    "in the export": (pipeline, "_shards", 1),
+    "in the export": (pipeline, "_tensors", 1),
     "after the export": (comparison.Comparison, "checkpoint", 1),
     "before the table": (RunDirectory, "finish", 1),
 }
@@ -292,3 +293,22 @@ def test_a_real_process_writes_nothing_to_stderr(model_directory: Path, text_fil
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 5, "the table and where the checkpoint is"
+
+
+@pytest.mark.filterwarnings("ignore:block .*condition number")
+@pytest.mark.parametrize("rates", [("1e6", "1e-2"), ("5e-3", "1e6"), ("1e6", "1e6")])
+def test_divergence_ends_in_a_fallback_not_in_a_crash(
+    fit: Fit, capsys: pytest.CaptureFixture, tmp_path: Path, rates: tuple[str, str]
+) -> None:
+    """Steps of any size leave a finite checkpoint that is no worse than round-to-nearest, and the report says so."""
+    names = ("transform", "clipping")
+    run = fit(
+        "w3a16g32", tmp_path / "run", *(f"--model.learning_rates.{n}={r}" for n, r in zip(names, rates, strict=True))
+    )
+    assert all(math.isfinite(value) for value in rows(run).values())
+    for block in metrics(run):
+        assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"])
+    assert {block["outcome"] for block in metrics(run)} <= {"trained", "first epoch", "start", "nearest"}
+    assert {block["outcome"] for block in metrics(run)} != {"trained"}
+    kept = [f"{block['block']} ({block['outcome']})" for block in metrics(run) if block["outcome"] != "trained"]
+    assert f"training did not help, so these blocks were left as named: {', '.join(kept)}" in capsys.readouterr().out

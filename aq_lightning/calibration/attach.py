@@ -121,12 +121,13 @@ def attach(
 
 
 @torch.no_grad()
-def merge(attached: AttachedBlock, storage: torch.dtype) -> dict[str, QTensor | Tensor]:
+def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str] = ()) -> dict[str, QTensor | Tensor]:
     """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will.
 
     Args:
         attached: a block after training.
         storage: dtype of everything that is not an integer.
+        biased: linears to which the model's configuration will give a bias: zeros where there is none.
 
     Returns:
         The block's tensors by name: quantized weights as :class:`QTensor`, all others in ``storage``.
@@ -142,10 +143,10 @@ def merge(attached: AttachedBlock, storage: torch.dtype) -> dict[str, QTensor | 
     }
     values = add_shift_biases(folded, values, attached.architecture.sites, maps, attached.moved)
     for together in attached.architecture.bias_switches.values():
-        if any(f"{name}.bias" in values for name in together):
+        if any(f"{name}.bias" in values or name in biased for name in together):
             for name in together:
-                zeros = folded[f"{name}.weight"].new_zeros(folded[f"{name}.weight"].shape[0])
-                values.setdefault(f"{name}.bias", zeros)
+                weight = folded[f"{name}.weight"]
+                values.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[0]))
     for name, value in values.items():
         if not isinstance(merged.get(name), QTensor):
             merged[name] = value.to(storage)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchmetrics import MeanMetric
@@ -38,17 +40,25 @@ class BlockCalibration(LightningModule):
         arguments: other arguments of each block, on the training device.
         recipe: objective, optimizer and step sizes.
         position: where the window stands in the run.
+        slowdown: factor on every step size, for another attempt after one that diverged.
     """
 
     def __init__(
-        self, blocks: Sequence[AttachedBlock], arguments: Sequence[Arguments], recipe: Recipe, position: Position
+        self,
+        blocks: Sequence[AttachedBlock],
+        arguments: Sequence[Arguments],
+        recipe: Recipe,
+        position: Position,
+        slowdown: float = 1.0,
     ) -> None:
         super().__init__()
+        self.slowdown = slowdown
+        self.first_epoch: dict[str, Tensor] = {}
         self.blocks = nn.ModuleList(blocks)
         self.arguments = arguments
         self.recipe = recipe
         self.position = position
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy="disable")  # a NaN must show
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
@@ -70,6 +80,12 @@ class BlockCalibration(LightningModule):
         for matrix in self.matrices():
             matrix.project()
 
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 0:  # only the diagonals of affine matrices are open yet
+            self.first_epoch = {name: tensor.clone() for name, tensor in self.own().items()}
+        if not torch.isfinite(self.loss.compute()):
+            self.trainer.should_stop = True  # nothing finite comes back from here: the next attempt is slower
+
     def matrices(self) -> list[Affine]:
         """Every affine matrix of the window."""
         return [part for block in self.blocks for part in block.transforms.modules() if isinstance(part, Affine)]
@@ -77,7 +93,7 @@ class BlockCalibration(LightningModule):
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
         groups = [
-            {"params": list(part.parameters()), "lr": rate}
+            {"params": list(part.parameters()), "lr": rate * self.slowdown}
             for block in self.blocks
             for part, rate in ((block.transforms, rates.transform), (block.quantizers, rates.clipping))
         ]
@@ -102,11 +118,15 @@ class BlockCalibration(LightningModule):
 
     def trained(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""
-        return {
-            name: tensor.detach().to("cpu", torch.float64)
-            for name, tensor in self.blocks.state_dict().items()
-            if ".block." not in name
-        }
+        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in self.own().items()}
+
+    def return_to_first_epoch(self) -> None:
+        """Undoes everything after the first epoch."""
+        self.blocks.load_state_dict(self.first_epoch, strict=False)
+
+    def own(self) -> dict[str, Tensor]:
+        """Parameters and masks of transforms and quantizers, by name."""
+        return {name: tensor for name, tensor in self.blocks.state_dict().items() if ".block." not in name}
 
 
 def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
@@ -117,6 +137,11 @@ def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
 def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
     """One compiled function for the process: blocks of one shape share its code."""
     return torch.compile(_answer)
+
+
+def save_trained(module: BlockCalibration, directory: Path) -> None:
+    """Writes ``transforms.safetensors``: what a window learnt, in float64."""
+    save_file(module.trained(), directory / "transforms.safetensors")
 
 
 class Pairs(Dataset):

@@ -51,9 +51,7 @@ def capture(
     with _passing_through(blocks, architecture_of(model.config), inputs) as arguments:
         for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
             model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-    stream = storage.store(torch.cat(inputs), device)
-    _check_finite(stream)
-    return stream, arguments
+    return check_finite(storage.store(torch.cat(inputs), device)), arguments
 
 
 @contextmanager
@@ -102,10 +100,7 @@ def run(
         device: the blocks'.
 
     Returns:
-        A new stream like the given one.
-
-    Raises:
-        RequestError: the result overflows the stream's dtype.
+        A new stream like the given one; :func:`check_finite` says whether its dtype could hold it.
     """
     result = torch.empty_like(stream)
     for start in range(0, len(stream), batch_size):
@@ -113,7 +108,6 @@ def run(
         for block, others in zip(blocks, arguments, strict=True):
             hidden = answer(block, hidden, others)
         result[start : start + batch_size] = hidden
-    _check_finite(result)
     return result
 
 
@@ -136,9 +130,15 @@ def to_device(value: object, device: torch.device) -> object:
     return value
 
 
-def _check_finite(stream: Tensor) -> None:
+def check_finite(stream: Tensor) -> Tensor:
+    """The stream itself.
+
+    Raises:
+        RequestError: it overflows its dtype, or holds NaN.
+    """
     if not torch.isfinite(stream).all():
         raise RequestError(
             f"A stream holds finite {stream.dtype} numbers, got an overflow or NaN: keep streams in a wider type "
             "(--model.streams.dtype bfloat16 or float32), or check the model's own weights for NaN."
         )
+    return stream

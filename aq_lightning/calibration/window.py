@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
 from aq_lightning.calibration.observe import Ranges, initialize
-from aq_lightning.calibration.streams import Arguments, run, to_device
+from aq_lightning.calibration.streams import Arguments, check_finite, run, to_device
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.sites import Architecture, Heads
 from aq_lightning.qtensor import QTensor
@@ -45,10 +46,13 @@ class LiveWindow:
         self.device = device
         self.blocks = [pretrained.blocks[index].to(device, torch.float32) for index in indices]
         self.arguments = [to_device(arguments[index], device) for index in indices]
+        architecture = pretrained.architecture
+        on = switches(self.blocks[0], architecture, pretrained.heads, recipe)
+        self._biased = [linear for switch in on for linear in architecture.bias_switches[switch]]
 
     def run(self, stream: Tensor) -> Tensor:
         """The blocks' answer to a stream, (samples, length, hidden) → a new one."""
-        return self._run(self.blocks, stream)
+        return check_finite(self._run(self.blocks, stream))
 
     def attach(self, activations: Sequence[Ranges]) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed."""
@@ -57,23 +61,24 @@ class LiveWindow:
             initialize(block, ranges)
         return attached
 
-    def nearest_loss(self, inputs: Tensor, target: Tensor) -> float:
-        """Objective of the window's blocks rounded to nearest, without transforms."""
-        nearest = [self._attach(block, {}, MinMax).snapshot() for block in self.blocks]
-        return self.loss(nearest, inputs, target)
+    def attach_nearest(self) -> list[AttachedBlock]:
+        """Round-to-nearest on each block, without transforms."""
+        return [self._attach(block, {}, MinMax) for block in self.blocks]
 
-    def loss(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor) -> float:
-        """Mean objective over all samples of this window's blocks, or of what stands for them."""
-        output = self._run(blocks, inputs)
+    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
+        """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite."""
+        functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
+        output = self._run(functions, inputs)
         parts = [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(output, target, strict=True)]
-        return float(torch.stack(parts).mean())
+        mean = float(torch.stack(parts).mean())
+        return mean if math.isfinite(mean) else math.inf
 
     def merge(self, attached: Sequence[AttachedBlock]) -> dict[str, QTensor | Tensor]:
         """Rounds for good; the model's tensors by their full names."""
         return {
             f"{self.pretrained.architecture.blocks}.{index}.{name}": tensor
             for index, block in zip(self.indices, attached, strict=True)
-            for name, tensor in merge(block, self.pretrained.storage).items()
+            for name, tensor in merge(block, self.pretrained.storage, self._biased).items()
         }
 
     def install(self, weights: Weights) -> None:

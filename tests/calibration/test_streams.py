@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from aq_lightning.calibration.attach import attach
-from aq_lightning.calibration.streams import capture, run, to_device
+from aq_lightning.calibration.streams import capture, check_finite, run, to_device
 from aq_lightning.errors import RequestError
 from aq_lightning.recipe import StreamStorage
 from aq_lightning.scheme import Scheme
@@ -104,7 +104,7 @@ def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     stream, arguments = capture(model, model.model.layers, windows, StreamStorage(), CPU)
     model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     with pytest.raises(RequestError, match="finite torch.float16.*model.streams.dtype"):
-        run([model.model.layers[0]], arguments[:1], stream, 2, CPU)
+        check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU))
     wide = run([model.model.layers[0]], arguments[:1], stream.float(), 2, CPU)
     assert wide.isfinite().all() and wide.abs().max() > torch.finfo(torch.float16).max
 

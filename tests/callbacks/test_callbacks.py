@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import pty
 from collections.abc import Callable
@@ -44,10 +45,11 @@ def test_mask_opens_by_the_schedule(
     monkeypatch.setattr(BlockCalibration, "training_step", watch)
     run = fit("w4a16", tmp_path / "run", f"--trainer.max_epochs={epochs}")
     assert seen == {(block, epoch): {width} for block in (0, 1) for epoch, width in enumerate(expected)}
-    masks = [load_file(file) for file in run.glob("blocks/*/transforms.safetensors")]
-    for stored in masks:
+    for block in run.glob("blocks/*"):
+        outcome = json.loads((block / "metrics.json").read_text())["outcome"]
+        stored = load_file(block / "transforms.safetensors")
         (mask,) = (tensor for name, tensor in stored.items() if name.endswith("mask"))
-        assert mask.shape == (HEAD, HEAD) and bool((mask != 0).all())
+        assert mask.shape == (HEAD, HEAD) and bool((mask != 0).all()) == (outcome == "trained")
 
 
 def test_shut_entries_stay_at_zero_effect(fit: Fit, tmp_path: Path) -> None:
