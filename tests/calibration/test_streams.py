@@ -123,7 +123,7 @@ def test_to_device_reaches_into_containers() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_streams_of_every_architecture(name: str, windows: Tensor) -> None:
-    """Tuples, ALiBi, sliding windows, positional arguments: the last block answers what the model's own loop gets."""
+    """Tuples, ALiBi, sliding windows: the last block answers what the model's own loop gets."""
     small = tiny(name, torch.float32)
     last = called(small, len(small.blocks) - 1, tokens=windows)
     stream, arguments = capture(small.model, small.blocks, windows, FLOAT32, CPU)
