@@ -1,4 +1,8 @@
-"""Falcon: fused q, k, v of each key-value head; four layouts of norms and heads, one for each released family."""
+"""Falcon: fused q, k, v of each key-value head; four layouts of norms and heads, one for each released family.
+
+Its linears read their weight themselves, so transformers cannot run them compressed: a quantized checkpoint is loaded
+with ``quantization_config=CompressedTensorsConfig(run_compressed=False)``.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Gemma 2: norms multiply by 1 + weight, and the MLP has its own; soft-capped logits and sliding windows do not matter.
 
-The norms behind attention and MLP are no sites: a map does not pass through a norm.
+The norms behind attention and MLP are no sites: a map does not pass through a norm. transformers 5.17 picks an
+attention that leaves the soft-capping out unless told ``attn_implementation="eager"``; 5.23 picks eager by itself.
 """
 
 from __future__ import annotations
