@@ -18,7 +18,8 @@ from aq_lightning.data import TokenWindows
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import Pretrained, architecture_of, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import Pretrained, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.pipeline import Job, quantize
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -155,9 +156,9 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     """Everything that can be refused before weights are read and files are written."""
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
-    architecture = architecture_of(config.model_type)
+    architecture = architecture_of(config)
     empty = skeleton(config)
-    heads = getattr(config, architecture.heads)
+    heads = heads_of(config, architecture)
     switches(empty.get_submodule(architecture.blocks)[0], architecture, heads, model.recipe)
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     datamodule.calibration()

@@ -14,7 +14,8 @@ from aq_lightning.calibration import rounded_to_nearest
 from aq_lightning.evaluation import PerplexityTest, Row, effective_bits
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
-from aq_lightning.models.loading import Pretrained, architecture_of
+from aq_lightning.models.loading import Pretrained
+from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.scheme import Grid, Scheme
@@ -48,7 +49,7 @@ class Comparison:
         model, _, scheme = open_model(pretrained, trust_remote_code=trust_remote_code)
         if scheme is None:
             return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
-        blocks = model.get_submodule(architecture_of(model.config.model_type).blocks)
+        blocks = model.get_submodule(architecture_of(model.config).blocks)
         with quantized_activations(blocks, scheme.activation):
             return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained))[1]))
 

@@ -61,14 +61,17 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class TrueRMSNorm(nn.Module):
-    """RMSNorm in the precision of its input (the HF module computes in float32 whatever it is given)."""
+    """RMSNorm in the precision of its input (the HF modules compute in float32 whatever they are given)."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+        self.weight = norm.weight
+        offset = not torch.equal(type(norm)(2).weight, torch.ones(2))  # starts at zero: the gain is 1 + weight
+        self.gain_offset = 1.0 if offset else 0.0
+        self.epsilon = norm.eps if offset else norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
+        return (self.weight + self.gain_offset) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
 
 
 def with_true_norms(module: nn.Module) -> nn.Module:

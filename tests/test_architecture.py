@@ -35,7 +35,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("aq_lightning.scheme", "aq_lightning.models.sites"),
     ("aq_lightning.errors",),
 )
-ARCHITECTURES = re.compile(r"llama|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon", re.IGNORECASE)
+ARCHITECTURES = re.compile(
+    r"llama|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE
+)
 
 
 @cache

@@ -95,7 +95,8 @@ def test_unknown_architecture(refused, model_directory: Path, tmp_path: Path, ca
     capsys.readouterr()
     message = refused(f"--model.pretrained={directory}")
     for part in (
-        "must be one of llama, got 'gpt2'",
+        "must be one of bloom, falcon, ",
+        "qwen3, got 'gpt2'",
         "aq_lightning/models/gpt2.py",
         "SPEC = Architecture(blocks=",
         "producer",

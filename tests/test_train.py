@@ -24,7 +24,7 @@ from aq_lightning import comparison, pipeline
 from aq_lightning.calibration import BlockCalibration, RunDirectory
 from aq_lightning.cli import main
 from aq_lightning.export.loading import open_model
-from aq_lightning.models.loading import architecture_of
+from aq_lightning.models.lookup import architecture_of
 from aq_lightning.quantizers import quantized_activations
 from callbacks import ConditionNumber
 
@@ -53,7 +53,7 @@ def metrics(run: Path) -> list[dict]:
 def answer(directory: Path) -> Tensor:
     """Logits of a checkpoint in float32, as this package reads it."""
     model, _, scheme = open_model(str(directory), torch.float32)
-    blocks = model.get_submodule(architecture_of(model.config.model_type).blocks)
+    blocks = model.get_submodule(architecture_of(model.config).blocks)
     with quantized_activations(blocks, scheme and scheme.activation):
         return model(IDS).logits
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import add_shift_biases, fold
 from aq_lightning.errors import RequestError
-from aq_lightning.models.sites import Architecture, Group, Site, SiteShape
+from aq_lightning.models.sites import Architecture, Group, Heads, Site, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Factor, FactorFactory, Map, Transform
-
-BlockFunction = Callable[..., Tensor]
-"""(hidden, **arguments) → hidden: a block, or what stands for one."""
 
 
 class AttachedBlock(nn.Module):
@@ -32,6 +30,7 @@ class AttachedBlock(nn.Module):
         self,
         block: nn.Module,
         architecture: Architecture,
+        heads: Heads,
         transforms: Mapping[str, Transform],
         quantizers: Mapping[str, WeightQuantizer],
         moved: Collection[str],
@@ -39,6 +38,7 @@ class AttachedBlock(nn.Module):
         super().__init__()
         self.block = block.requires_grad_(False)
         self.architecture = architecture
+        self.heads = heads
         self.transforms = nn.ModuleDict(transforms)
         self.quantizers = nn.ModuleDict({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.moved = frozenset(moved)
@@ -47,7 +47,7 @@ class AttachedBlock(nn.Module):
         """The quantized block's answer, (batch, length, hidden) → the same."""
         with torch.autocast(hidden.device.type, enabled=False):
             tensors = self.effective(hidden.dtype)
-        return functional_call(self.block, tensors, (hidden,), arguments)
+        return answer(lambda x, **others: functional_call(self.block, tensors, (x,), others), hidden, arguments)
 
     @torch.no_grad()
     def snapshot(self) -> BlockFunction:
@@ -68,13 +68,13 @@ class AttachedBlock(nn.Module):
         """Parameters of the transformed block before rounding, and the maps that were folded."""
         maps = {name: transform(dtype) for name, transform in self.transforms.items()}
         tensors = {name: parameter.to(dtype) for name, parameter in self.block.named_parameters()}
-        return fold(tensors, self.architecture.sites, maps, self.moved), maps
+        return fold(tensors, self.architecture, self.heads, maps, self.moved), maps
 
 
 def attach(
     block: nn.Module,
     architecture: Architecture,
-    heads: int,
+    heads: Heads,
     transforms: Mapping[str, Sequence[FactorFactory]],
     weight_quantizer: WeightQuantizerFactory | None,
     scheme: Scheme,
@@ -85,7 +85,7 @@ def attach(
     Args:
         block: one HF block.
         architecture: its sites.
-        heads: query heads.
+        heads: its attention heads.
         transforms: site name → factor factories.
         weight_quantizer: range rule of every linear; None leaves weights unrounded.
         scheme: integers of weights and activations.
@@ -109,15 +109,15 @@ def attach(
         if factors:
             built[name] = Transform(factors).to(next(block.parameters()).device)
     shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]
-    moved = {site.name for site in shifted if scheme.activation is not None and _holds_bias(block, site.producer)}
+    moved = {site.name for site in shifted if scheme.activation is not None and _holds_bias(block, _producer(site))}
     for site in shifted:
-        for linear in site.consumers + ((site.producer,) if site.name in moved else ()):
+        for linear in site.consumers + ((_producer(site),) if site.name in moved else ()):
             _check_bias(block, architecture, site, linear)
     quantizers = {}
     for name, linear in linears(block).items() if weight_quantizer is not None else ():
         quantizer = weight_quantizer(scheme.weight, tuple(linear.weight.shape), storage)
         quantizers[f"{name}.weight"] = quantizer.to(linear.weight.device)
-    return AttachedBlock(block, architecture, built, quantizers, moved)
+    return AttachedBlock(block, architecture, heads, built, quantizers, moved)
 
 
 @torch.no_grad()
@@ -169,13 +169,14 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def site_shape(block: nn.Module, site: Site, heads: int) -> SiteShape:
-    """Blocks and sizes of a site from the widths of its members."""
-    outputs = [site.producer, *([site.dual] if site.dual else [])]
-    widths = [block.get_submodule(name).weight.shape[0] for name in outputs]
-    widths += [block.get_submodule(name).weight.shape[1] for name in site.consumers]
-    size = max(widths) // heads if site.per_head else min(widths)
-    return SiteShape(min(widths) // size, size)
+def site_shape(block: nn.Module, site: Site, heads: Heads) -> SiteShape:
+    """Blocks and sizes of a site: key-value heads, or all channels that its consumers read or its norms scale."""
+    rotary = heads.rotary if site.dual else None
+    if site.per_head:
+        return SiteShape(heads.key_value, heads.size, rotary)
+    if site.consumers:
+        return SiteShape(1, block.get_submodule(site.consumers[0]).weight.shape[1])
+    return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary)
 
 
 def gained_biases(attached: AttachedBlock) -> set[str]:
@@ -185,13 +186,18 @@ def gained_biases(attached: AttachedBlock) -> set[str]:
         for site in attached.architecture.sites
         if site.name in attached.transforms and attached.transforms[site.name].factors[0].group is Group.SHIFT
     ]
-    producers = {site.producer for site in shifted if site.name in attached.moved}
+    producers = {_producer(site) for site in shifted if site.name in attached.moved}
     return producers | {linear for site in shifted for linear in site.consumers}
 
 
 def _key(name: str) -> str:
     """Parameter name as a module name, which may hold no dot."""
     return name.replace(".", "/")
+
+
+def _producer(site: Site) -> str:
+    """The module that produces a site, which may hold other parts too."""
+    return site.producer.partition(":")[0]
 
 
 def _holds_bias(block: nn.Module, producer: str) -> bool:

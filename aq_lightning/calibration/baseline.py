@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from aq_lightning.calibration.attach import attach, install, merge
-from aq_lightning.models.sites import Architecture
+from aq_lightning.models.sites import Architecture, Heads
 from aq_lightning.quantizers import MinMax
 from aq_lightning.scheme import Scheme
 
 
 @contextmanager
 def rounded_to_nearest(
-    blocks: Iterable[nn.Module], architecture: Architecture, heads: int, scheme: Scheme, storage: torch.dtype
+    blocks: Iterable[nn.Module], architecture: Architecture, heads: Heads, scheme: Scheme, storage: torch.dtype
 ) -> Iterator[None]:
     """While it is open, every linear of the blocks holds its min–max rounded weight; the originals return after."""
     originals = []

@@ -6,18 +6,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from aq_lightning.models.sites import Site
+from aq_lightning.models.sites import Architecture, Heads, Member, Site
 from aq_lightning.transforms import Map
 
 Tensors = Mapping[str, Tensor]
 
 
-def fold(tensors: Tensors, sites: Iterable[Site], maps: Mapping[str, Map], moved: Collection[str]) -> dict[str, Tensor]:
+def fold(
+    tensors: Tensors, architecture: Architecture, heads: Heads, maps: Mapping[str, Map], moved: Collection[str]
+) -> dict[str, Tensor]:
     """Folds every map into the tensors around its site; biases of shifts follow in :func:`add_shift_biases`.
 
     Args:
         tensors: a block's parameters by name, all in one dtype.
-        sites: the architecture's sites, producers before consumers.
+        architecture: its sites, producers before consumers, and where their members lie.
+        heads: of the model.
         maps: site name → its map; sites without one are left alone.
         moved: names of the sites whose producer really subtracts the shift.
 
@@ -25,20 +28,12 @@ def fold(tensors: Tensors, sites: Iterable[Site], maps: Mapping[str, Map], moved
         New tensors; those that no site touches are the given ones.
     """
     folded = dict(tensors)
-    for site in (site for site in sites if site.name in maps):
-        each = maps[site.name]
-        weight, bias = f"{site.producer}.weight", f"{site.producer}.bias"
-        folded[weight] = _over_outputs(folded[weight], each.inverse)
-        if site.name in moved:
-            shift = each.shift(folded[weight].shape[0])
-            folded[bias] = folded[bias] - shift if bias in folded else -shift
-        if bias in folded:
-            folded[bias] = each.inverse(folded[bias])
+    for site in (site for site in architecture.sites if site.name in maps):
+        each, offset = maps[site.name], architecture.gain_offset
+        producer = architecture.member(site.producer, heads)
+        _over_outputs(folded, producer, each.inverse, offset, each.shift if site.name in moved else None)
         if site.dual:
-            weight, bias = f"{site.dual}.weight", f"{site.dual}.bias"
-            folded[weight] = _over_outputs(folded[weight], each.transpose)
-            if bias in folded:
-                folded[bias] = each.transpose(folded[bias])
+            _over_outputs(folded, architecture.member(site.dual, heads), each.transpose, offset)
         for consumer in site.consumers:
             folded[f"{consumer}.weight"] = each.transpose(folded[f"{consumer}.weight"])
     return folded
@@ -72,6 +67,22 @@ def add_shift_biases(
     return result
 
 
-def _over_outputs(weight: Tensor, direction: Callable[[Tensor], Tensor]) -> Tensor:
-    """Applies a map to what a norm's gain (channels) or a linear's weight (out, in) produces."""
-    return direction(weight) if weight.ndim == 1 else direction(weight.T).T
+def _over_outputs(
+    tensors: dict[str, Tensor],
+    member: Member,
+    direction: Callable[[Tensor], Tensor],
+    gain_offset: float,
+    shift: Callable[[int], Tensor] | None = None,
+) -> None:
+    """Applies a map to what a norm's gain (channels) or a linear's weight (out, in) produces, and to its bias."""
+    weight = tensors[member.weight]
+    own = member.read(weight)
+    changed = direction(own + gain_offset) - gain_offset if own.ndim == 1 else direction(own.T).T
+    tensors[member.weight] = member.write(weight, changed)
+    if shift is None and member.bias not in tensors:
+        return
+    bias = tensors.get(member.bias, weight.new_zeros(weight.shape[0]))
+    own = member.read(bias)
+    if shift is not None:
+        own = own - shift(own.shape[0])
+    tensors[member.bias] = member.write(bias, direction(own))

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aq_lightning.calibration.attach import BlockFunction
+from aq_lightning.calibration.call import Arguments, BlockFunction, PerSample, answer
 from aq_lightning.errors import RequestError
+from aq_lightning.models.lookup import architecture_of
+from aq_lightning.models.sites import Architecture
 from aq_lightning.recipe import StreamStorage
-
-Arguments = Mapping[str, object]
-"""Keyword arguments of a block that do not depend on the sample: masks, rotary tables, positions."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +48,28 @@ def capture(
     for parameter in _outside(model, blocks):
         parameter.data = parameter.data.float()  # so that embeddings and rotary tables come in full precision
     inputs: list[Tensor] = []
-    with _passing_through(blocks, inputs) as arguments:
+    with _passing_through(blocks, architecture_of(model.config), inputs) as arguments:
         for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
             model.base_model(input_ids=window[None].to(model.device), use_cache=False)
     return check_finite(storage.store(torch.cat(inputs), device)), arguments
 
 
 @contextmanager
-def _passing_through(blocks: Sequence[nn.Module], inputs: list[Tensor]) -> Iterator[list[Arguments]]:
+def _passing_through(
+    blocks: Sequence[nn.Module], architecture: Architecture, inputs: list[Tensor]
+) -> Iterator[list[Arguments]]:
     """Blocks return their input; block 0's inputs go to ``inputs``, each block's arguments into the list yielded."""
     arguments: list[Arguments] = [{} for _ in blocks]
 
     def stand_in(index: int):
-        def forward(hidden: Tensor, **others: object) -> Tensor:
+        def forward(hidden: Tensor, **others: object) -> Tensor | tuple[Tensor, None]:
             if index == 0:
                 inputs.append(hidden)
-            arguments[index] = others
-            return hidden
+            arguments[index] = {
+                name: PerSample(value) if name in architecture.per_sample and isinstance(value, Tensor) else value
+                for name, value in others.items()
+            }
+            return (hidden, None) if architecture.returns_tuple else hidden
 
         return forward
 
@@ -102,7 +106,7 @@ def run(
     for start in range(0, len(stream), batch_size):
         hidden = stream[start : start + batch_size].to(device, torch.float32)
         for block, others in zip(blocks, arguments, strict=True):
-            hidden = block(hidden, **others)
+            hidden = answer(block, hidden, others)
         result[start : start + batch_size] = hidden
     return result
 
@@ -117,6 +121,8 @@ def to_device(value: object, device: torch.device) -> object:
     """Moves every tensor inside tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, PerSample):
+        return PerSample(value.value.to(device))
     if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):

@@ -13,7 +13,7 @@ from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.streams import Arguments, check_finite, run, to_device
 from aq_lightning.models.loading import Pretrained
-from aq_lightning.models.sites import Architecture
+from aq_lightning.models.sites import Architecture, Heads
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import MinMax
 from aq_lightning.recipe import Recipe
@@ -103,7 +103,7 @@ class LiveWindow:
         return attach(block, model.architecture, model.heads, transforms, weight_quantizer, scheme, model.storage)
 
 
-def switches(block: nn.Module, architecture: Architecture, heads: int, recipe: Recipe) -> list[str]:
+def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe: Recipe) -> list[str]:
     """Config switches that must be on for the recipe's result: those of the linears that gain a bias.
 
     Works on the meta device, and so checks before any weight is read that the recipe fits the architecture.

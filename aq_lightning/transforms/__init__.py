@@ -7,5 +7,6 @@ from aq_lightning.transforms.base import Map as Map
 from aq_lightning.transforms.base import SiteStatistics as SiteStatistics
 from aq_lightning.transforms.base import Transform as Transform
 from aq_lightning.transforms.diagonal import Diagonal as Diagonal
+from aq_lightning.transforms.pair_scale import PairScale as PairScale
 from aq_lightning.transforms.rope_pair import RopePair as RopePair
 from aq_lightning.transforms.shift import Shift as Shift

@@ -13,13 +13,13 @@ from aq_lightning.calibration import AttachedBlock, attach, merge
 from aq_lightning.calibration.attach import gained_biases, site_shape
 from aq_lightning.errors import RequestError
 from aq_lightning.models.llama import SPEC
-from aq_lightning.models.sites import SiteShape
+from aq_lightning.models.sites import Heads, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 
-HEADS = 4
+HEADS = Heads(query=4, key_value=2, size=16, rotary=16)
 EVERYTHING = {
     "attention_input": [Shift, Diagonal],
     "query_key": [RopePair],
@@ -155,11 +155,10 @@ def test_attach_on_the_meta_device() -> None:
 @pytest.mark.parametrize("kv_heads, shape", [(1, (1, 16)), (2, (2, 16)), (4, (4, 16))])
 def test_sites_have_the_shape_of_the_key_value_heads(kv_heads: int, shape: tuple[int, int]) -> None:
     block = tiny_llama(num_key_value_heads=kv_heads).model.layers[0]
-    sites = {site.name: site for site in SPEC.sites}
-    for name in ("query_key", "value_output"):
-        assert site_shape(block, sites[name], HEADS) == SiteShape(*shape)
-    assert site_shape(block, sites["attention_input"], HEADS) == SiteShape(1, 64)
-    assert site_shape(block, sites["mlp_hidden"], HEADS) == SiteShape(1, 128)
+    heads = replace(HEADS, key_value=kv_heads)
+    shapes = {site.name: site_shape(block, site, heads) for site in SPEC.sites}
+    assert shapes["query_key"] == SiteShape(*shape, rotary=16) and shapes["value_output"] == SiteShape(*shape)
+    assert shapes["attention_input"] == SiteShape(1, 64) and shapes["mlp_hidden"] == SiteShape(1, 128)
 
 
 def test_linear_without_a_switch_takes_no_shift() -> None:

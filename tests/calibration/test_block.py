@@ -12,11 +12,13 @@ from torch import Tensor
 from aq_lightning.calibration import BlockCalibration, Position, attach, observed, pairs, rounded_to_nearest
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.models.llama import SPEC
+from aq_lightning.models.sites import Heads
 from aq_lightning.objectives import BlockMSE, RelativeMSE
 from aq_lightning.quantizers import LearnedClipping
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 
+HEADS = Heads(query=4, key_value=2, size=16, rotary=16)
 TRANSFORMS = {
     "attention_input": [Shift, Diagonal],
     "query_key": [RopePair],
@@ -97,7 +99,7 @@ def test_transforms_start_from_what_is_observed() -> None:
     handle.remove()
     seen = torch.cat(recorded)  # (tokens, 64)
     transforms = {"mlp_input": [Shift, Diagonal], "value_output": [Diagonal]}
-    attached = attach(block, SPEC, 4, transforms, None, Scheme.parse("w4a16"), torch.float32)
+    attached = attach(block, SPEC, HEADS, transforms, None, Scheme.parse("w4a16"), torch.float32)
     initialize(attached, ranges[0])
     shift, diagonal = attached.transforms["mlp_input"].factors
     weight = torch.maximum(block.mlp.gate_proj.weight.abs().amax(0), block.mlp.up_proj.weight.abs().amax(0))
@@ -113,7 +115,7 @@ def test_baseline_gives_every_weight_back() -> None:
     model = tiny_llama().half()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scheme = Scheme.parse("w3a16g32")
-    with rounded_to_nearest(model.model.layers, SPEC, 4, scheme, torch.float16):
+    with rounded_to_nearest(model.model.layers, SPEC, HEADS, scheme, torch.float16):
         inside = model.state_dict()
         changed = {name for name in before if not torch.equal(inside[name], before[name])}
         assert changed == {name for name in before if "_proj.weight" in name}
@@ -125,7 +127,7 @@ def test_baseline_gives_weights_back_after_a_crash() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with (
         pytest.raises(KeyboardInterrupt),
-        rounded_to_nearest(model.model.layers, SPEC, 4, Scheme.parse("w2a16"), torch.float32),
+        rounded_to_nearest(model.model.layers, SPEC, HEADS, Scheme.parse("w2a16"), torch.float32),
     ):
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -143,7 +145,7 @@ def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
         recipe = SimpleNamespace(objective=BlockMSE(), compiled=compiled)
         gradients[compiled] = []
         for index, block in enumerate(model.model.layers):
-            attached = attach(block, SPEC, 4, TRANSFORMS, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+            attached = attach(block, SPEC, HEADS, TRANSFORMS, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
             module = BlockCalibration([attached], others, recipe, Position(index, index, 2))
             recipe.objective.loss(module(hidden), hidden).backward()
             gradients[compiled] += [p.grad for p in module.parameters() if p.requires_grad]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close, tiny_llama
+from tiny import MODELS, called, tiny
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from aq_lightning.calibration.attach import attach
 from aq_lightning.calibration.streams import capture, check_finite, run, to_device
 from aq_lightning.errors import RequestError
 from aq_lightning.recipe import StreamStorage
+from aq_lightning.scheme import Scheme
 
 CPU = torch.device("cpu")
 FLOAT32 = StreamStorage(dtype="float32")
@@ -116,3 +119,24 @@ def test_to_device_reaches_into_containers() -> None:
     moved = to_device({"a": (torch.ones(1), [torch.ones(2)]), "b": None, "c": 3}, torch.device("meta"))
     assert moved["a"][0].is_meta and moved["a"][1][0].is_meta
     assert isinstance(moved["a"], tuple) and isinstance(moved["a"][1], list) and (moved["b"], moved["c"]) == (None, 3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streams_of_every_architecture(name: str, windows: Tensor) -> None:
+    """Tuples, ALiBi, sliding windows: the last block answers what the model's own loop gets."""
+    small = tiny(name, torch.float32)
+    last = called(small, len(small.blocks) - 1, tokens=windows)
+    stream, arguments = capture(small.model, small.blocks, windows, FLOAT32, CPU)
+    for size in (2, 5):
+        assert_close("last hidden state", last.answer, run(small.blocks, arguments, stream, size, CPU), 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attached_block_takes_captured_arguments(name: str, windows: Tensor) -> None:
+    small = tiny(name, torch.float32)
+    stream, arguments = capture(small.model, small.blocks, windows, FLOAT32, CPU)
+    attached = attach(small.blocks[0], small.architecture, small.heads, {}, None, Scheme.parse("w4a16"), torch.float32)
+    expected = run(small.blocks[:1], arguments[:1], stream, 5, CPU)
+    with torch.no_grad():
+        assert_close("forward", expected, attached(stream, **arguments[0]), 1e-6)
+        assert_close("snapshot", expected, run([attached.snapshot()], arguments[:1], stream, 2, CPU), 1e-6)

@@ -12,8 +12,8 @@ from helpers import tiny_llama, word_tokenizer
 
 from aq_lightning.errors import RequestError
 from aq_lightning.models import loading
-from aq_lightning.models.llama import SPEC
-from aq_lightning.models.loading import Source, architecture_of, load, load_config, load_model, locate, skeleton
+from aq_lightning.models.loading import Source, load, load_config, load_model, locate, skeleton
+from aq_lightning.models.sites import Heads
 
 
 def test_locate_a_directory(model_directory: Path) -> None:
@@ -52,29 +52,12 @@ def test_missing_embedded_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         locate("embedded")
 
 
-def test_architecture() -> None:
-    assert architecture_of("llama") is SPEC
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "sites", "loading", "", "../llama"])
-def test_unknown_architecture(model_type: str) -> None:
-    with pytest.raises(RequestError, match="must be one of llama, got"):
-        architecture_of(model_type)
-
-
-def test_sites_name_modules_of_the_block() -> None:
-    block = tiny_llama().get_submodule(SPEC.blocks)[0]
-    modules = dict(block.named_modules())
-    for site in SPEC.sites:
-        assert {site.producer, *site.consumers, *([site.dual] if site.dual else [])} <= modules.keys(), site.name
-    linears = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    assert {name for names in SPEC.bias_switches.values() for name in names} == linears
-
-
 def test_load(model_directory: Path) -> None:
     pretrained = load(str(model_directory))
     reference = tiny_llama().half().state_dict()
-    assert pretrained.storage == torch.float16 and pretrained.heads == 4 and len(pretrained.blocks) == 2
+    assert (
+        pretrained.storage == torch.float16 and pretrained.heads == Heads(4, 2, 16, 16) and len(pretrained.blocks) == 2
+    )
     assert pretrained.unquantized() == ["lm_head"] and not pretrained.model.training
     assert not any(parameter.requires_grad for parameter in pretrained.model.parameters())
     state = pretrained.model.state_dict()

@@ -8,10 +8,10 @@ from helpers import assert_close, relative_error, tiny_llama, with_true_norms
 
 from aq_lightning.calibration import attach, merge
 from aq_lightning.models.llama import SPEC
+from aq_lightning.models.sites import Heads
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 
-HEADS = 4
 EVERYTHING = {
     "attention_input": [Shift, Diagonal],
     "query_key": [RopePair],
@@ -35,7 +35,8 @@ def block_and_inputs(**changes):
 
 def scrambled(block, transforms, scheme="w4a16"):
     """Attached without rounding, with random parameters far from the identity and the whole band open."""
-    attached = attach(block, SPEC, HEADS, transforms, None, Scheme.parse(scheme), torch.float64)
+    heads = Heads(4, block.self_attn.k_proj.out_features // 16, 16, 16)
+    attached = attach(block, SPEC, heads, transforms, None, Scheme.parse(scheme), torch.float64)
     for name, parameter in attached.transforms.named_parameters():
         noise = torch.randn_like(parameter)
         parameter.data += 0.5 * noise if "matrix" not in name else noise / noise.shape[-1] ** 0.5

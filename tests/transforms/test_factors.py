@@ -8,15 +8,15 @@ from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import SiteShape
-from aq_lightning.transforms import Affine, Diagonal, Factor, RopePair, Shift, SiteStatistics, Transform
+from aq_lightning.transforms import Affine, Diagonal, Factor, PairScale, RopePair, Shift, SiteStatistics, Transform
 from aq_lightning.transforms.affine import band_width, gradual_mask
 
 SHAPE = SiteShape(2, 6)
-FACTORS = [Diagonal, Affine, RopePair]
+FACTORS = [Diagonal, Affine, RopePair, PairScale]
 
 
 def scrambled(kind: type[Factor], shape: SiteShape = SHAPE) -> Factor:
@@ -154,18 +154,31 @@ def rotary(positions: int, size: int) -> tuple[Tensor, Tensor]:
 def scores(q: Tensor, k: Tensor, shape: SiteShape, positions: int) -> Tensor:
     """q·k after HF's rotary embedding: (heads, positions, positions); grouped queries."""
     heads = [x.view(1, positions, -1, shape.size).transpose(1, 2) for x in (q, k)]
-    q, k = apply_rotary_pos_emb(*heads, *rotary(positions, shape.size))
+    q, k = apply_rotary_pos_emb(*heads, *rotary(positions, shape.size if shape.rotary is None else shape.rotary))
     return q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
 
 
+@pytest.mark.parametrize("turned", [None, 4, 2])
+@pytest.mark.parametrize("kind", [RopePair, PairScale])
 @pytest.mark.parametrize("group", [1, 3])
-def test_rope_pair_commutes_with_rotary_embedding(group: int) -> None:
+def test_rotary_pairs_commute_with_rotary_embedding(group: int, kind: type[Factor], turned: int | None) -> None:
+    """On whole heads and where it turns only the first channels of each."""
+    shape = SiteShape(2, 6, turned)
     q = torch.randn(7, 12 * group, dtype=torch.float64)
     k = torch.randn(7, 12, dtype=torch.float64)
-    expected = scores(q, k, SHAPE, 7)
-    both = scrambled(RopePair)(torch.float64)
-    assert_close("q·k", expected, scores(both.inverse(q), both.transpose(k), SHAPE, 7), 1e-12)
-    assert relative_error(expected, scores(both.inverse(q), k, SHAPE, 7)) > 0.05
+    expected = scores(q, k, shape, 7)
+    both = scrambled(kind, shape)(torch.float64)
+    assert_close("q·k", expected, scores(both.inverse(q), both.transpose(k), shape, 7), 1e-12)
+    assert relative_error(expected, scores(both.inverse(q), k, shape, 7)) > 0.05
+
+
+def test_pair_scale_is_a_rope_pair_without_angles() -> None:
+    shape = SiteShape(2, 6, 4)
+    scale, pair = scrambled(PairScale, shape), RopePair(shape)
+    pair.log_radius.data.copy_(scale.log_radius)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert_close("inverse", pair(torch.float64).inverse(x), scale(torch.float64).inverse(x), 1e-14)
+    assert pair.condition() == scale.condition()
 
 
 @pytest.mark.parametrize("kind", [Diagonal, Affine])
@@ -211,8 +224,10 @@ def test_shift_starts(start: str) -> None:
 def test_bad_requests() -> None:
     with pytest.raises(RequestError, match=r"alpha lies in \[0, 1\], got 1.5"):
         Diagonal(SHAPE, 1.5)
-    with pytest.raises(RequestError, match="even head size, got 7"):
+    with pytest.raises(RequestError, match="even number of turned channels, got 7 of a head of 7"):
         RopePair(SiteShape(2, 7))
+    with pytest.raises(RequestError, match="got 3 of a head of 8"):
+        PairScale(SiteShape(2, 8, rotary=3))
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,190 @@
+"""The first law for every transform, site and architecture: with quantizers off, the model answers as before."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from helpers import assert_close, relative_error
+from tiny import MODELS, Call, Tiny, called, tiny, tiny_config, true_softmax
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aq_lightning import transforms
+from aq_lightning.calibration import attach, merge
+from aq_lightning.calibration.attach import linears
+from aq_lightning.calibration.call import answer
+from aq_lightning.errors import RequestError
+from aq_lightning.models.lookup import architecture_of
+from aq_lightning.models.sites import AROUND_ROPE, Site
+from aq_lightning.scheme import Scheme
+from aq_lightning.transforms import Affine, Factor, Shift
+
+FACTORS = [kind for kind in vars(transforms).values() if isinstance(kind, type) and issubclass(kind, Factor)]
+FACTORS.remove(Factor)
+CASES = [
+    pytest.param(name, site.name, factor, id=f"{name}-{site.name}-{factor.__name__}")
+    for name in MODELS
+    for site in architecture_of(tiny_config(name)).sites
+    for factor in FACTORS
+]
+SITES = list(dict.fromkeys(case.values[:2] for case in CASES))
+
+
+@pytest.fixture(autouse=True)
+def float64_softmax():
+    with true_softmax():
+        yield
+
+
+@cache
+def known(name: str) -> tuple[Tiny, Call, dict[str, Tensor]]:
+    """A model, how it calls its first block, and that block's parameters: made once, put back by :func:`fresh`."""
+    small = tiny(name)
+    return small, called(small), dict(small.blocks[0].named_parameters())
+
+
+def fresh(name: str) -> tuple[Tiny, nn.Module, Call]:
+    """The model, its first block as it was made, and how the model calls it."""
+    small, call, parameters = known(name)
+    block = small.blocks[0]
+    for path, module in block.named_modules():
+        for leaf in ("weight", "bias"):
+            if leaf in module._parameters:
+                module._parameters[leaf] = parameters.get(f"{path}.{leaf}")
+    return small, block, call
+
+
+def scrambled(small: Tiny, block: nn.Module, requested: dict[str, list[type[Factor]]], scheme: str):
+    """Attached without rounding, with random parameters far from the identity and the whole band open."""
+    attached = attach(block, small.architecture, small.heads, requested, None, Scheme.parse(scheme), torch.float64)
+    for name, parameter in attached.transforms.named_parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data += 0.5 * noise if "matrix" not in name else noise / noise.shape[-1] ** 0.5
+    for module in attached.modules():
+        if isinstance(module, Affine):
+            module.open_band(0, 1)
+    return attached
+
+
+def site_of(small: Tiny, name: str) -> Site:
+    return next(site for site in small.architecture.sites if site.name == name)
+
+
+def around_rope(name: str) -> bool:
+    """Whether queries and keys meet rotary embedding right behind their linears."""
+    return next(s for s in architecture_of(tiny_config(name)).sites if s.name == "query_key").absorbs == AROUND_ROPE
+
+
+def with_tensors(block: nn.Module, tensors: dict[str, Tensor], call: Call) -> Tensor:
+    """What the block would answer with other parameters."""
+    return answer(lambda x, **others: functional_call(block, tensors, (x,), others), call.hidden, call.others)
+
+
+def holds_shift(small: Tiny, block: nn.Module, site: Site, scheme: str) -> bool:
+    """Whether every linear that would need a bias has one or can be given one."""
+    switchable = {linear for together in small.architecture.bias_switches.values() for linear in together}
+    producer = site.producer.partition(":")[0]
+    moves = scheme == "w4a4" and producer in linears(block)
+    return all(
+        linear in switchable or linears(block)[linear].bias is not None
+        for linear in (*site.consumers, *([producer] if moves else []))
+    )
+
+
+def everything(small: Tiny, block: nn.Module, scheme: str) -> dict[str, list[type[Factor]]]:
+    """At every site all that it absorbs, the shift first."""
+    return {
+        site.name: [
+            factor
+            for factor in sorted(FACTORS, key=lambda kind: kind is not Shift)
+            if factor.group in site.absorbs and (factor is not Shift or holds_shift(small, block, site, scheme))
+        ]
+        for site in small.architecture.sites
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("name, at, factor", CASES)
+def test_block_is_unchanged_or_the_request_is_refused(name: str, at: str, factor: type[Factor], scheme: str) -> None:
+    small, block, call = fresh(name)
+    site = site_of(small, at)
+    if factor.group not in site.absorbs:
+        with pytest.raises(RequestError, match=f"folds at {at} .*got {factor.__name__}.*transforms.{at}"):
+            scrambled(small, block, {at: [factor]}, scheme)
+        return
+    if factor is Shift and not holds_shift(small, block, site, scheme):
+        with pytest.raises(RequestError, match=f"A shift at {at} needs a bias on .*transforms.{at}"):
+            scrambled(small, block, {at: [factor]}, scheme)
+        return
+    attached = scrambled(small, block, {at: [factor]}, scheme)
+    assert_close("before merge", call.answer, attached(call.hidden, **call.others), 1e-10)
+    merge(attached, torch.float64)
+    assert_close("after merge", call.answer, answer(block, call.hidden, call.others), 1e-10)
+    assert type(block) is type(known(name)[0].blocks[1]), "the block is what it was"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, at", SITES)
+def test_one_sided_transform_is_noticed(name: str, at: str) -> None:
+    """Negative control: leaving out any one far side of any site breaks the block."""
+    small, block, call = fresh(name)
+    site = site_of(small, at)
+    factors = [factor for factor in everything(small, block, "w4a4")[at] if factor is not Shift]
+    attached = scrambled(small, block, {at: factors}, "w4a4")
+    for far in site.consumers or (site.dual,):
+        tensors = attached.effective(torch.float64)
+        member = small.architecture.member(far, small.heads)
+        original = member.read(known(name)[2][member.weight])
+        tensors[member.weight] = member.write(tensors[member.weight], original)
+        assert relative_error(call.answer, with_tensors(block, tensors, call)) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, at", SITES)
+def test_transforms_move_the_weights(name: str, at: str) -> None:
+    """The law is not met by doing nothing: every side of every transform changes, and nothing else."""
+    small, block, _ = fresh(name)
+    site = site_of(small, at)
+    before = dict(block.named_parameters())
+    sides = {member.partition(":")[0] for member in (site.producer, *site.consumers, site.dual) if member}
+    for factor in everything(small, block, "w4a4")[at]:
+        attached = scrambled(small, block, {at: [factor]}, "w4a4")
+        moved = {
+            key.rpartition(".")[0]
+            for key, tensor in attached.effective(torch.float64).items()
+            if (tensor - before.get(key, torch.zeros_like(tensor))).abs().max() > 1e-2
+        }
+        stays = factor is Shift and at not in attached.moved  # an RMSNorm cannot subtract: rounding errors alone meet δ
+        assert moved == (set() if stays else sides), factor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_unchanged(name: str, scheme: str) -> None:
+    """Everything at once in every block, merged; the model runs as transformers runs it."""
+    small = tiny(name)
+    tokens = torch.randint(3, 96, (2, 16))
+    expected = small.model(tokens, use_cache=False).logits
+    for block in small.blocks:
+        merge(scrambled(small, block, everything(small, block, scheme), scheme), torch.float64)
+    assert_close("logits", expected, small.model(tokens, use_cache=False).logits, 1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, at in SITES if at == "query_key" and around_rope(name)])
+def test_matrix_before_rope_is_noticed(name: str) -> None:
+    """Negative control: between q and k a general matrix per head does not commute with rotary embedding."""
+    small, block, call = fresh(name)
+    size, site = small.heads.size, site_of(small, "query_key")
+    matrix = torch.eye(size, dtype=torch.float64) + 0.2 * torch.randn(size, size, dtype=torch.float64)
+    tensors = dict(block.named_parameters())
+    for side, turn in ((site.producer, matrix.inverse().T), (site.dual, matrix)):
+        member = small.architecture.member(side, small.heads)
+        for key in {member.weight, member.bias} & set(tensors):
+            own = member.read(tensors[key]).unflatten(0, (-1, size))  # (heads, size, …)
+            tensors[key] = member.write(tensors[key], torch.einsum("st,ht...->hs...", turn, own).flatten(0, 1))
+    assert relative_error(call.answer, with_tensors(block, tensors, call)) > 1e-3
