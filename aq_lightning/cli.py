@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, switches
+from aq_lightning.calibration import RunDirectory, adapt, switches
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.errors import RequestError
@@ -153,13 +154,18 @@ class CommandLine(LightningCLI):
 
 
 def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
-    """Everything that can be refused before weights are read and files are written."""
+    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked."""
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
     architecture = architecture_of(config)
-    empty = skeleton(config)
+    block = skeleton(config).get_submodule(architecture.blocks)[0]
     heads = heads_of(config, architecture)
-    switches(empty.get_submodule(architecture.blocks)[0], architecture, heads, model.recipe)
+    if model.adapt:
+        folding, refusals = adapt(block, architecture, heads, model.recipe.transforms, model.recipe.scheme)
+        model.recipe = replace(model.recipe, transforms=folding)
+        for refusal in refusals:
+            print(f"left out: {refusal}")
+    switches(block, architecture, heads, model.recipe)
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     datamodule.calibration()
     datamodule.evaluation()

@@ -27,6 +27,8 @@ class QuantizedLanguageModel(LightningModule):
         scheme: integers of weights and activations, by name (``w4a16``, ``w3a16g64``, ``w4a4``, ``w4a16g128sym``) or
             spelled out.
         transforms: site → factors of its transform, in the order they act on activations.
+        adapt: whether factors that do not fold in the model's architecture are left out, and named before the run;
+            otherwise the first of them is refused.
         weight_quantizer: range rule of every weight.
         objective: what a block is fitted to.
         optimizer: optimizer of the trainable parameters.
@@ -47,6 +49,7 @@ class QuantizedLanguageModel(LightningModule):
         pretrained: str = EMBEDDED,
         scheme: str | Scheme = "w4a16",
         transforms: dict[str, list[Callable[[SiteShape], Factor]]] | None = None,
+        adapt: bool = False,
         weight_quantizer: Callable[[Grid, tuple[int, int], torch.dtype], WeightQuantizer] = MinMax,
         objective: Objective | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
@@ -66,6 +69,7 @@ class QuantizedLanguageModel(LightningModule):
             )
         self.pretrained = pretrained
         self.trust_remote_code = trust_remote_code
+        self.adapt = adapt
         self.recipe = Recipe(
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms or {},

@@ -1,5 +1,6 @@
 """Fitting a block: capture, attach, train, merge."""
 
+from aq_lightning.calibration.adapt import adapt as adapt
 from aq_lightning.calibration.attach import AttachedBlock as AttachedBlock
 from aq_lightning.calibration.attach import attach as attach
 from aq_lightning.calibration.attach import merge as merge
