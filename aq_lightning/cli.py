@@ -1,4 +1,4 @@
-"""The command line: LightningCLI, with ``fit`` driven block by block."""
+"""The command line: LightningCLI, with ``fit`` driven block by block, and plain verbs beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -16,10 +17,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from aq_lightning.calibration import RunDirectory, adapt, switches
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
+from aq_lightning.doctor import examine
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import Pretrained, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import EMBEDDED, Pretrained, load, load_config, load_tokenizer, locate, skeleton
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.pipeline import Job, quantize
 
@@ -153,6 +155,31 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand]
 
 
+def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
+    """Prints what folds at each site of a model and the measured float64 error of every transform, with random
+    parameters, on its first block.
+
+    Args:
+        model: directory with safetensors or GGUF, hub id, or ``embedded``.
+        trust_remote_code: whether code from the hub may run.
+
+    Returns:
+        Exit code: 0 if every transform is exact, 1 otherwise.
+
+    Raises:
+        RequestError: the model or its architecture is not known.
+    """
+    pretrained = load(model, trust_remote_code)
+    print(f"{pretrained.model.config.model_type}: {len(pretrained.blocks)} blocks, {pretrained.heads}")
+    findings = []
+    for finding in examine(pretrained):
+        print(finding, flush=True)
+        findings.append(finding)
+    wrong = [finding for finding in findings if not finding.exact and not finding.refusal]
+    print(f"{len(wrong)} of {len(findings)} are NOT EXACT" if wrong else "everything that folds is exact")
+    return 1 if wrong else 0
+
+
 def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     """Everything that can be refused before weights are read and files are written; adapts the recipe if asked."""
     source = locate(model.pretrained)
@@ -185,10 +212,17 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+_VERBS = {"doctor": doctor}
+"""Plain functions beside LightningCLI: they fit nothing, and ask only for what they use."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
     _quiet()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments and arguments[0] in _VERBS:
+            sys.exit(auto_cli(_VERBS[arguments[0]], args=arguments[1:], prog=f"train.py {arguments[0]}"))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
