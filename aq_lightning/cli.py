@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -33,6 +34,7 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
 
 
@@ -76,6 +78,16 @@ class CommandLine(LightningCLI):
         trainer = super().instantiate_trainer(**{"logger": False, **changes})
         if trainer.world_size > 1:
             raise RequestError(f"Calibration runs on 1 device, got {trainer.world_size}: set --trainer.devices 1.")
+        if trainer.strategy.root_device.type not in ("cpu", "cuda"):
+            raise RequestError(
+                f"Transforms need a device with float64, got {trainer.strategy.root_device}: "
+                "set --trainer.accelerator cpu."
+            )
+        if trainer.precision not in _PRECISIONS:
+            raise RequestError(
+                f"Blocks are trained in {', '.join(_PRECISIONS)} (transforms stay in float64), "
+                f"got {trainer.precision}: set --trainer.precision to one of them."
+            )
         return trainer
 
     def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
@@ -85,10 +97,13 @@ class CommandLine(LightningCLI):
             raise RequestError(
                 "fit needs a method and a place: add --config configs/affinequant.yaml (or another) and --out RUN."
             )
-        if (self._section.trainer.max_epochs or 0) < 0:
+        epochs = self._section.trainer.max_epochs
+        if epochs is None or epochs < 0:
+            raise RequestError(f"A block is fitted for 0 or more epochs, got {epochs}: set --trainer.max_epochs.")
+        if self._section.trainer.gradient_clip_val is not None and "fused: true" in configuration:
             raise RequestError(
-                f"A block is fitted for 0 or more epochs, got {self._section.trainer.max_epochs}: "
-                "set --trainer.max_epochs."
+                "Gradients of a fused optimizer cannot be clipped under mixed precision: "
+                "add --model.optimizer.init_args.fused false."
             )
         run = RunDirectory.check(Path(self._section.out), configuration)
         if run.results is None:
@@ -105,15 +120,15 @@ class CommandLine(LightningCLI):
         print(f"checkpoint: {run.checkpoint}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
-        """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``results.json`` there too."""
+        """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
         source = locate(model.pretrained)
         datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
         row = comparison.checkpoint(model.pretrained, model.pretrained, model.trust_remote_code)
         if self._section.out is not None:
-            run = RunDirectory(Path(self._section.out))
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.finish({"rows": [row.as_dict()]})
+            out = Path(self._section.out)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "test.json").write_text(json.dumps({"rows": [row.as_dict()]}, indent=2))
         print(render([row]))
 
     def _calibrate(
@@ -184,6 +199,11 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     """Everything that can be refused before weights are read and files are written; adapts the recipe if asked."""
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
+    if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
+        raise RequestError(
+            f"A model to calibrate has full-precision weights, got {model.pretrained!r}, which is quantized already: "
+            "name the original."
+        )
     architecture = architecture_of(config)
     block = skeleton(config).get_submodule(architecture.blocks)[0]
     heads = heads_of(config, architecture)
@@ -219,10 +239,10 @@ _VERBS = {"doctor": doctor}
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
     _quiet()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
-        if arguments and arguments[0] in _VERBS:
-            sys.exit(auto_cli(_VERBS[arguments[0]], args=arguments[1:], prog=f"train.py {arguments[0]}"))
+        if verb in _VERBS:
+            sys.exit(auto_cli(_VERBS[verb], args=rest, prog=f"train.py {verb}"))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -51,7 +51,7 @@ class Comparison:
             return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
         blocks = model.get_submodule(architecture_of(model.config).blocks)
         with quantized_activations(blocks, scheme.activation):
-            return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained))[1]))
+            return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained).expanduser())[1]))
 
     def _perplexity(self, model: nn.Module) -> float:
         """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""
@@ -65,24 +65,27 @@ class Comparison:
 
 
 def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) -> float:
-    """Effective bits per weight of a grid on the blocks' linears, without any bias."""
-    shapes = [m.weight.shape for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
-    shells = (
-        QTensor(
-            torch.empty(shape, dtype=torch.uint8, device="meta"),
-            torch.empty(shape[0], grid.groups(shape[1]), dtype=storage, device="meta"),
+    """Effective bits per weight of a grid on the blocks' linears, with the biases that they have."""
+    shells: dict[str, QTensor | torch.Tensor] = {}
+    linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+    for index, linear in enumerate(linears):
+        outputs, inputs = linear.weight.shape
+        shells[f"{index}.weight"] = QTensor(
+            torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"),
+            torch.empty(outputs, grid.groups(inputs), dtype=storage, device="meta"),
             torch.empty(0, dtype=torch.uint8, device="meta"),
             grid,
         )
-        for shape in shapes
-    )
-    return effective_bits({f"{index}.weight": shell for index, shell in enumerate(shells)})
+        if linear.bias is not None:
+            shells[f"{index}.bias"] = torch.empty(outputs, dtype=storage, device="meta")
+    return effective_bits(shells)
 
 
 def _fits(model: nn.Module, device: torch.device) -> bool:
     """Whether the parameters fit into the device in float32 and leave half of it for activations."""
     if device.type != "cuda":
         return True
+    torch.cuda.empty_cache()  # what calibration held counts as free
     free, _ = torch.cuda.mem_get_info(device)  # bytes
     return 4 * sum(parameter.numel() for parameter in model.parameters()) <= free / 2
 
@@ -90,4 +93,5 @@ def _fits(model: nn.Module, device: torch.device) -> bool:
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Converts the parameters alone: rotary tables are buffers and keep their own precision."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

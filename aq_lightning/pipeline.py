@@ -69,14 +69,14 @@ def quantize(job: Job, windows: Tensor) -> None:
         live = LiveWindow(model, indices, arguments, recipe, job.device)
         with observed(live.blocks, model.architecture.sites) as activations:
             full = live.run(streams.full)  # what the full-precision model answers
-        same = live.run(streams.quantized) if recipe.objective.same_input else None
-        target = recipe.objective.target(full, same)
+        target = recipe.objective.target(full, live.run(streams.quantized) if recipe.objective.same_input else None)
         with quantized_activations(live.blocks, recipe.scheme.activation):
             if not job.journal.finished(indices.start):
                 calibrate(job, live, position, activations, streams.quantized, target)
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
             streams = Streams(full=full, quantized=live.run(streams.quantized))
+        del target, full  # two streams stay between windows
         live.release()
     export(job)
 

@@ -45,7 +45,7 @@ def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None =
     if storage is not None:
         scale = scale + (scale.to(storage).to(scale.dtype) - scale).detach()
     # A group of zeros has no range: the smallest normal step keeps every division finite and its codes at zero.
-    scale = scale.clamp(min=torch.finfo(storage or scale.dtype).smallest_normal)
+    scale = torch.where(scale > 0, scale, torch.finfo(storage or scale.dtype).smallest_normal)
     if grid.symmetric:
         return scale, torch.full_like(scale, grid.levels // 2)
     return scale, round_through(-low / scale).clamp(0, grid.levels - 1)

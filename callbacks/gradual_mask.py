@@ -26,6 +26,6 @@ class GradualMask(Callback):
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             raise RequestError("The gradual mask needs to know the last epoch, got none: set --trainer.max_epochs.")
         for affine in pl_module.matrices():
-            affine.open_band(trainer.current_epoch, trainer.max_epochs)
-            for optimizer in trainer.optimizers if self.fresh_state else ():
+            widened = affine.open_band(trainer.current_epoch, trainer.max_epochs)
+            for optimizer in trainer.optimizers if widened and self.fresh_state else ():
                 optimizer.state.pop(affine.matrix, None)

@@ -153,3 +153,13 @@ def test_tokens_are_quantized_one_by_one(x: Tensor, bits: int, symmetric: bool) 
     assert max(len(row.unique()) for row in whole) <= grid.levels
     if bits == 8:
         assert_close("8 bits", x, whole, 0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_groups_keep_their_resolution(bits: int) -> None:
+    """Only a group without range gets the floor: small weights are not coarsened to float16's smallest normal step."""
+    weight = torch.linspace(-1e-3, 1e-3, 257, dtype=torch.float64)
+    grid = Grid(bits)
+    scale, zero = grid_of(weight.min(), weight.max(), grid, torch.float16)
+    assert float(scale) == pytest.approx(2e-3 / (grid.levels - 1), rel=0.01)
+    assert float((decode(encode(weight, scale, zero, grid), scale, zero) - weight).abs().max()) <= 0.51 * float(scale)

@@ -235,6 +235,9 @@ def test_method_and_place_are_needed(
         ("--data.samples=0", ["data.samples", "0"]),
         ("--model.plan.size=0", ["plan.size", "0"]),
         ("--trainer.max_epochs=-1", ["max_epochs"]),
+        ("--trainer.max_epochs=null", ["max_epochs"]),
+        ("--trainer.precision=bf16-true", ["32-true", "bf16-true", "--trainer.precision"]),
+        ("--trainer.gradient_clip_val=1.0", ["clipped", "fused false"]),
     ],
 )
 def test_bad_number(refused, argument: str, parts: list[str]) -> None:

@@ -40,9 +40,9 @@ def digests(directory: Path, pattern: str = "**/*") -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def rows(run: Path) -> dict[str, float]:
+def rows(run: Path, file: str = "results.json") -> dict[str, float]:
     """Model → perplexity of the final table."""
-    return {row["model"]: row["perplexity"] for row in json.loads((run / "results.json").read_text())["rows"]}
+    return {row["model"]: row["perplexity"] for row in json.loads((run / file).read_text())["rows"]}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -248,7 +248,7 @@ def test_checkpoint_scores_as_in_the_table(
         ["test", f"--model.pretrained={run / 'checkpoint'}", f"--data.source={text_file}", "--data.length=32"]
         + ["--trainer.accelerator=cpu", f"--out={tmp_path / 'scored'}"]
     )
-    (scored,) = rows(tmp_path / "scored").values()
+    (scored,) = rows(tmp_path / "scored", "test.json").values()
     assert scored == rows(run)["affinequant"]
     assert f"{scored:.2f}" in capsys.readouterr().out
 
@@ -258,8 +258,19 @@ def test_evaluation_on_another_file(fit: Fit, text_file: Path, tmp_path: Path) -
     other.write_text(" ".join(reversed(text_file.read_text().split())))
     run = fit("w4a16", tmp_path / "run", f"--data.evaluation={other}")
     common = [f"--data.evaluation={other}", "--data.evaluation_length=32", "--trainer.accelerator=cpu"]
-    main(["test", f"--model.pretrained={run / 'checkpoint'}", *common, f"--out={tmp_path / 'scored'}"])
-    assert list(rows(tmp_path / "scored").values()) == [rows(run)["affinequant"]]
+    table = (run / "results.json").read_bytes()
+    main(["test", f"--model.pretrained={run / 'checkpoint'}", *common, f"--out={run}"])
+    assert list(rows(run, "test.json").values()) == [rows(run)["affinequant"]]
+    assert (run / "results.json").read_bytes() == table, "a score beside a run leaves its table alone"
+
+
+def test_a_quantized_model_is_not_calibrated_again(
+    finished: Callable[[str], Path], fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        fit("w4a16", tmp_path / "run", f"--model.pretrained={finished('w4a16') / 'checkpoint'}")
+    assert exit.value.code == 2 and "quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_logs_have_one_row_for_each_block_and_epoch(finished: Callable[[str], Path]) -> None:

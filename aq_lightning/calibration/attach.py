@@ -51,8 +51,9 @@ class AttachedBlock(nn.Module):
 
     @torch.no_grad()
     def snapshot(self) -> BlockFunction:
-        """The quantized block as it is now; its tensors are computed once, in the block's own dtype."""
-        tensors = self.effective(next(self.block.parameters()).dtype)
+        """The quantized block as it is now; its tensors are computed once, in float64 as :func:`merge` does."""
+        dtype = next(self.block.parameters()).dtype
+        tensors = {name: tensor.to(dtype) for name, tensor in self.effective(torch.float64).items()}
         return lambda hidden, **arguments: functional_call(self.block, tensors, (hidden,), arguments)
 
     def effective(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class RunDirectory:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RequestError(f"A run directory must be writable, got {str(path)!r}: choose another --out.")
         run = cls(path)
-        if not path.exists() or not any(path.iterdir()):
+        if not path.exists() or all(entry.suffix == ".partial" for entry in path.iterdir()):
             return run
         if not (path / _CONFIG).is_file():
             raise RequestError(f"A run directory is new, empty or an earlier run, got {str(path)!r}, which holds other "
@@ -87,6 +87,7 @@ class RunDirectory:
         _write(scratch / _METRICS, json.dumps(metrics, indent=2))
         for file in scratch.iterdir():
             _sync(file)
+        _sync(scratch)
         os.replace(scratch, self._block(block))
         _sync(self._block(block).parent)
 

@@ -32,7 +32,7 @@ def open_model(
     """
     source = locate(pretrained)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    directory = Path(source.location)
+    directory = Path(source.location).expanduser()
     if source.gguf_file or not _is_quantized(directory):
         return load_model(source, dtype, trust_remote_code), tokenizer, None
     scheme, _ = read(directory)

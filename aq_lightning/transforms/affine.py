@@ -62,10 +62,11 @@ class Affine(Factor):
     def initialize(self, statistics: SiteStatistics) -> None:
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
 
-    def open_band(self, epoch: int, epochs: int) -> None:
-        """Sets the mask of ``epoch`` (0 … epochs − 1); entries that open start at 0."""
+    def open_band(self, epoch: int, epochs: int) -> bool:
+        """Sets the mask of ``epoch`` (0 … epochs − 1), whose new entries start at 0; says whether it widened."""
         width = band_width(epoch, epochs, self.shape.size)
         self.mask.copy_(gradual_mask(self.shape.size, width, self.stability, self.mask))
+        return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -80,16 +80,21 @@ def test_block_answers_after_merge_as_before(scheme: str) -> None:
 
 
 @torch.no_grad()
-def test_snapshot_is_the_forward_pass() -> None:
+def test_snapshot_is_the_merged_block() -> None:
+    """To the last bit: what is chosen by its snapshot's loss is what is written."""
     hidden, others = inputs()
-    attached = attached_block("w3a16g32")
+    attached = attached_block("w3a16g32", torch.float32)
     frozen = attached.snapshot()
-    expected = attached(hidden, **others)
-    assert torch.equal(frozen(hidden, **others), expected)
+    expected = frozen(hidden, **others)
     for parameter in attached.transforms.parameters():
         parameter.data += 0.1
     assert torch.equal(frozen(hidden, **others), expected), "later changes do not show"
-    assert not torch.equal(attached(hidden, **others), expected)
+    assert not torch.equal(attached.snapshot()(hidden, **others), expected)
+    for parameter in attached.transforms.parameters():
+        parameter.data -= 0.1
+    frozen = attached.snapshot()(hidden, **others)
+    merge(attached, torch.float32)
+    assert torch.equal(attached.block(hidden, **others), frozen)
 
 
 @torch.no_grad()
