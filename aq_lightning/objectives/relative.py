@@ -13,16 +13,7 @@ class RelativeMSE(Objective):
 
     A few tokens carry activations hundreds of times larger than the rest (attention sinks, mostly the first token);
     under plain mean squared error their rounding errors outweigh all other tokens together.
-
-    Args:
-        same_input: adds the teacher that reads the quantized input, as :class:`BlockMSE` does; its target is merged.
     """
-
-    def __init__(self, same_input: bool = False) -> None:
-        self.same_input = same_input
-
-    def target(self, full: Tensor, same: Tensor | None) -> Tensor:
-        return full if same is None else torch.lerp(full, same, 0.5)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         output = output.to(torch.promote_types(output.dtype, torch.float32))
