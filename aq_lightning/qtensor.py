@@ -89,9 +89,7 @@ class QTensor:
     @staticmethod
     def joined(parts: Sequence[QTensor]) -> QTensor:
         """One weight with the rows of all, which have one grid."""
-        codes, scale, zero = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero")
-        )
+        codes, scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero"))
         return QTensor(codes, scale, zero, parts[0].grid)
 
     @property

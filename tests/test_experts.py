@@ -8,16 +8,18 @@ import weakref
 import pytest
 import torch
 from helpers import assert_close, relative_error
-from tiny import called, tiny, true_softmax
+from tiny import avoided_expert, called, tiny, true_softmax
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from aq_lightning.calibration import attach, merge, observed
 from aq_lightning.calibration.call import answer
-from aq_lightning.calibration.observe import observed
+from aq_lightning.calibration.observe import initialize
 from aq_lightning.experts import experts_of, hooked, run_here, stacks
 from aq_lightning.models.sites import Site
-from aq_lightning.quantizers import quantize_tokens, quantized_activations
-from aq_lightning.scheme import Grid
+from aq_lightning.quantizers import LearnedClipping, quantize_tokens, quantized_activations
+from aq_lightning.scheme import Grid, Scheme
+from aq_lightning.transforms import Diagonal
 
 NAMES = ["mixtral", "qwen3_moe", "qwen3_moe-biased"]
 Routed = dict[int, Tensor]
@@ -136,6 +138,29 @@ def test_ranges_are_those_of_the_tokens_routed_to_an_expert() -> None:
         assert_close("low", x.amin(0), site["mlp_hidden"][expert].low, 1e-13)
         assert_close("high", x.amax(0), site["mlp_hidden"][expert].high, 1e-13)
         assert_close("mean", x.mean(0), site["mlp_hidden"][expert].total / len(x), 1e-13)
+
+
+def test_expert_without_tokens_starts_from_its_weights_and_stays() -> None:
+    """Its scales are finite, its gradients 0, its weights rounded; those of the others move."""
+    model = tiny("mixtral", torch.float32, num_local_experts=5)
+    avoided_expert(model.model)
+    block, call = model.blocks[0], called(model)
+    with torch.no_grad(), observed([block], model.architecture.sites) as (seen,):
+        answer(block, call.hidden, call.others)
+    assert [one.tokens > 0 for one in seen["mlp_hidden"]] == [False, True, True, True, True]
+    transforms, scheme = {"mlp_hidden": [Diagonal], "mlp_input": [Diagonal]}, Scheme.parse("w3a16g8")
+    attached = attach(block, model.architecture, model.heads, transforms, LearnedClipping, scheme, torch.float16)
+    initialize(attached, seen)
+    diagonal = attached.transforms["mlp_hidden"].factors[0]
+    weight = block.mlp.experts.down_proj[0].abs().amax(0).double()  # (width)
+    assert_close("scale", weight**-0.5, diagonal.log_scale[0].exp(), 1e-6)
+    attached(call.hidden, **call.others).square().mean().backward()
+    gradient = diagonal.log_scale.grad  # (experts, width)
+    assert not gradient[0].any() and gradient[1:].any(1).all()
+    assert all(p.grad.isfinite().all() for p in attached.parameters() if p.requires_grad)
+    merged = merge(attached, torch.float16)
+    assert all(merged[name].scale.isfinite().all() for name in stacks(block))
+    assert relative_error(call.answer, answer(block, call.hidden, call.others)) < 0.5
 
 
 @torch.no_grad()

@@ -92,9 +92,9 @@ def tiny_config(name: str, **changes: object) -> AutoConfig:
     return AutoConfig.for_model(model_type, **{**COMMON, **fields, **changes})
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64) -> Tiny:
+def tiny(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> Tiny:
     """One of :data:`MODELS` with every parameter random, its norms as precise as ``dtype``."""
-    config = tiny_config(name)
+    config = tiny_config(name, **changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(dtype)
     run_here(model.config)
@@ -105,6 +105,19 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> Tiny:
             parameter.add_(torch.randn_like(parameter) * 0.3)
     architecture = architecture_of(config)
     return Tiny(with_true_norms(model), architecture, heads_of(config, architecture))
+
+
+def avoided_expert(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose routers choose 2 of 5 experts, so changed that none ever chooses expert 0.
+
+    It always scores 0, where of the other four, opposite in pairs, two score more.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            assert module.weight.shape[0] == 5 and module.top_k == 2
+            module.weight[0] = 0
+            module.weight[3:] = -module.weight[1:3]
+    return model
 
 
 def called(tiny: Tiny, index: int = 0, tokens: Tensor | None = None) -> Call:

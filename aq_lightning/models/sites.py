@@ -197,8 +197,8 @@ class Architecture:
     fused: Mapping[str, Fused] = field(default_factory=lambda: MappingProxyType({}))
     """Linear → the parts stacked in its rows."""
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """Parameter (experts, out, in), which stacks a linear of every expert → where checkpoints keep one expert's rows, in
-    order and equally many: paths of linears relative to the block, with ``*`` for the expert's number."""
+    """Parameter (experts, out, in), which stacks a linear of every expert → where checkpoints keep one expert's rows,
+    in order and equally many: paths of linears relative to the block, with ``*`` for the expert's number."""
     stored: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Module → its path in checkpoints, where that is another."""
     heads: str = "num_attention_heads"
