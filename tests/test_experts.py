@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from tiny import avoided_expert, called, tiny, true_softmax
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from aq_lightning.calibration import attach, merge, observed
+from aq_lightning.calibration import BlockCalibration, Position, attach, merge, observed
+from aq_lightning.calibration.block import _answer
 from aq_lightning.calibration.call import answer
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.experts import experts_of, hooked, run_here, stacks
 from aq_lightning.models.sites import Site
+from aq_lightning.objectives import BlockMSE
 from aq_lightning.quantizers import LearnedClipping, quantize_tokens, quantized_activations
 from aq_lightning.scheme import Grid, Scheme
 from aq_lightning.transforms import Diagonal
@@ -161,6 +164,27 @@ def test_expert_without_tokens_starts_from_its_weights_and_stays() -> None:
     merged = merge(attached, torch.float16)
     assert all(merged[name].scale.isfinite().all() for name in stacks(block))
     assert relative_error(call.answer, answer(block, call.hidden, call.others)) < 0.5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
+def test_compiled_steps_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where another order of sums rounds nothing differently; experts stay outside the compiled code."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("aq_lightning.calibration.block._compiled", lambda: torch.compile(_answer, backend="aot_eager"))
+    model, transforms = tiny("mixtral"), {"mlp_hidden": [Diagonal], "mlp_input": [Diagonal]}
+    block, call = model.blocks[0], called(model)
+    scheme, gradients = Scheme.parse("w3a8g8"), []
+    with quantized_activations([block], scheme.activation):
+        for compiled in (False, True):
+            attached = attach(
+                block, model.architecture, model.heads, transforms, LearnedClipping, scheme, torch.float16
+            )
+            recipe = SimpleNamespace(objective=BlockMSE(), compiled=compiled)
+            module = BlockCalibration([attached], [call.others], recipe, Position(0, 0, 1))
+            recipe.objective.loss(module(call.hidden), call.hidden).backward()
+            gradients.append([parameter.grad for parameter in module.parameters() if parameter.requires_grad])
+    for plain, fast in zip(*gradients, strict=True):
+        assert_close("gradient", plain, fast, 1e-7)
 
 
 @torch.no_grad()

@@ -137,7 +137,8 @@ def called(tiny: Tiny, index: int = 0, tokens: Tensor | None = None) -> Call:
 @contextmanager
 def true_softmax() -> Iterator[None]:
     """Softmax in float64 (HF's eager attention and routers compute it in float32 whatever they are given)."""
+    narrow = Tensor.float
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "softmax", lambda x, dim=-1, dtype=None, **_: torch.softmax(x, dim))
-        patch.setattr(Tensor, "float", Tensor.double)
+        patch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
         yield

@@ -53,9 +53,7 @@ def test_experts_are_quantized_each_alone(name: str, symmetric: bool) -> None:
     assert named.keys() == alone.keys()
     for key, weight in alone.items():
         expected = rounded(weight)
-        assert all(
-            torch.equal(getattr(named[key], part), getattr(expected, part)) for part in ("codes", "scale", "zero")
-        )
+        assert all(torch.equal(getattr(named[key], p), getattr(expected, p)) for p in ("codes", "scale", "zero"))
     back = from_checkpoint(named, model.architecture)
     assert back.keys() == stacked.keys()
     assert all(torch.equal(back[key].codes, tensor.codes) for key, tensor in stacked.items())
