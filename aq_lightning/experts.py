@@ -17,6 +17,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from aq_lightning.errors import RequestError
+
 Hook = Callable[[int, Tensor], Tensor]
 """(expert, activation (tokens, width)) → what the expert's last linear reads instead."""
 
@@ -65,7 +67,15 @@ def forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor)
 
     Returns:
         (tokens, hidden).
+
+    Raises:
+        RequestError: experts with biases, transposed weights or no gate.
     """
+    if experts.has_bias or experts.is_transposed or not experts.has_gate:
+        raise RequestError(
+            f"Experts have gated linears (out, in) without biases, got {type(experts).__name__}: their architecture "
+            "needs a function of its own in aq_lightning/experts.py."
+        )
     order = chosen.flatten().argsort(stable=True)  # (tokens · k), expert after expert
     counts = chosen.flatten().bincount(minlength=experts.gate_up_proj.shape[0]).tolist()
     answers = []

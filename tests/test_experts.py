@@ -17,6 +17,7 @@ from aq_lightning.calibration import BlockCalibration, Position, attach, merge, 
 from aq_lightning.calibration.block import _answer
 from aq_lightning.calibration.call import answer
 from aq_lightning.calibration.observe import initialize
+from aq_lightning.errors import RequestError
 from aq_lightning.experts import experts_of, hooked, run_here, stacks
 from aq_lightning.models.sites import Site
 from aq_lightning.objectives import BlockMSE
@@ -117,6 +118,14 @@ def test_the_model_is_left_as_it_was() -> None:
     del model, experts
     gc.collect()
     assert gone() is None, "hooks keep no module alive"
+
+
+@pytest.mark.parametrize("trait, value", [("has_bias", True), ("is_transposed", True), ("has_gate", False)])
+def test_experts_of_another_layout_are_refused(trait: str, value: bool) -> None:
+    (experts,) = experts_of(tiny("mixtral").blocks[0])
+    setattr(experts, trait, value)
+    with pytest.raises(RequestError, match="gated linears .* got MixtralExperts"):
+        experts(*inputs(experts))
 
 
 def test_dense_blocks_have_no_experts() -> None:

@@ -104,7 +104,7 @@ def attach(
                            f"choose from {', '.join(sites)}.")  # fmt: skip
     built = {}
     for name, factories in transforms.items():
-        shape = site_shape(block, architecture, sites[name], heads)
+        shape = site_shape(block, sites[name], heads)
         factors = [factory(shape) for factory in factories]
         for factor in factors:
             _check_absorbs(sites[name], factor)
@@ -162,7 +162,7 @@ def install(block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
     like, shapes = next(block.parameters()), {name: stack.shape for name, stack in stacks(block).items()}
     for name, tensor in tensors.items():
         value = tensor.dequantize(like.dtype) if isinstance(tensor, QTensor) else tensor.to(like.dtype)
-        value = value.view(shapes.get(name, value.shape))
+        value = value.reshape(shapes.get(name, value.shape))
         path, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(path), leaf, nn.Parameter(value.to(like.device), requires_grad=False))
 
@@ -177,14 +177,16 @@ def weights(block: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.weight": linear.weight for name, linear in linears(block).items()} | stacks(block)
 
 
-def site_shape(block: nn.Module, architecture: Architecture, site: Site, heads: Heads) -> SiteShape:
+def site_shape(block: nn.Module, site: Site, heads: Heads) -> SiteShape:
     """Blocks and sizes of a site: key-value heads, experts, or all channels that consumers read or norms scale."""
     rotary = heads.rotary if site.dual else None
     if site.per_head:
         return SiteShape(heads.key_value, heads.size, rotary)
+    if site.per_expert:
+        experts, _, width = block.get_parameter(site.consumers[0]).shape
+        return SiteShape(experts, width)
     if site.consumers:
-        weight = block.get_parameter(architecture.member(site.consumers[0], heads).weight)
-        return SiteShape(weight.shape[0] if site.per_expert else 1, weight.shape[-1])
+        return SiteShape(1, block.get_submodule(site.consumers[0]).weight.shape[1])
     return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary)
 
 

@@ -163,7 +163,6 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
         )
     if source.gguf_file:
         model = _plain(model, torch.float16 if dtype == "auto" else dtype)
-    run_here(model.config)
     return model.eval().requires_grad_(False)
 
 
@@ -177,7 +176,9 @@ def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
     config = load_config(source, trust_remote_code)
     architecture = architecture_of(config)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    return Pretrained(source, load_model(source, "auto", trust_remote_code), tokenizer, architecture)
+    model = load_model(source, "auto", trust_remote_code)
+    run_here(model.config)
+    return Pretrained(source, model, tokenizer, architecture)
 
 
 def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:

@@ -161,7 +161,7 @@ def test_attach_on_the_meta_device() -> None:
 def test_sites_have_the_shape_of_the_key_value_heads(kv_heads: int, shape: tuple[int, int]) -> None:
     block = tiny_llama(num_key_value_heads=kv_heads).model.layers[0]
     heads = replace(HEADS, key_value=kv_heads)
-    shapes = {site.name: site_shape(block, SPEC, site, heads) for site in SPEC.sites}
+    shapes = {site.name: site_shape(block, site, heads) for site in SPEC.sites}
     assert shapes["query_key"] == SiteShape(*shape, rotary=16) and shapes["value_output"] == SiteShape(*shape)
     assert shapes["attention_input"] == SiteShape(1, 64) and shapes["mlp_hidden"] == SiteShape(1, 128)
 
