@@ -213,6 +213,8 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         for refusal in refusals:
             print(f"left out: {refusal}")
     switches(block, architecture, heads, model.recipe)
+    if architecture.experts and not model.recipe.scheme.weight.symmetric:
+        print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {model.recipe.scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     datamodule.calibration()
     datamodule.evaluation()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aq_lightning.calibration import rounded_to_nearest
+from aq_lightning.calibration.attach import weights
 from aq_lightning.evaluation import PerplexityTest, Row, effective_bits
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
@@ -67,17 +68,19 @@ class Comparison:
 def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) -> float:
     """Effective bits per weight of a grid on the blocks' linears, with the biases that they have."""
     shells: dict[str, QTensor | torch.Tensor] = {}
-    linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
-    for index, linear in enumerate(linears):
-        outputs, inputs = linear.weight.shape
-        shells[f"{index}.weight"] = QTensor(
-            torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"),
-            torch.empty(outputs, grid.groups(inputs), dtype=storage, device="meta"),
-            torch.empty(0, dtype=torch.uint8, device="meta"),
-            grid,
-        )
-        if linear.bias is not None:
-            shells[f"{index}.bias"] = torch.empty(outputs, dtype=storage, device="meta")
+    for index, block in enumerate(blocks):
+        parameters = dict(block.named_parameters())
+        for name, weight in weights(block).items():
+            outputs, inputs = weight.flatten(0, -2).shape
+            shells[f"{index}.{name}"] = QTensor(
+                torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"),
+                torch.empty(outputs, grid.groups(inputs), dtype=storage, device="meta"),
+                torch.empty(0, dtype=torch.uint8, device="meta"),
+                grid,
+            )
+            bias = name.removesuffix("weight") + "bias"
+            if bias in parameters:
+                shells[f"{index}.{bias}"] = torch.empty(outputs, dtype=storage, device="meta")
     return effective_bits(shells)
 
 

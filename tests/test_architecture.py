@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.objectives",
         "aq_lightning.kernels",
     ),
-    ("aq_lightning.qtensor",),
+    ("aq_lightning.qtensor", "aq_lightning.experts"),
     ("aq_lightning.scheme", "aq_lightning.models.sites"),
     ("aq_lightning.errors",),
 )

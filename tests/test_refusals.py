@@ -96,7 +96,7 @@ def test_unknown_architecture(refused, model_directory: Path, tmp_path: Path, ca
     message = refused(f"--model.pretrained={directory}")
     for part in (
         "must be one of bloom, falcon, ",
-        "qwen3, got 'gpt2'",
+        "qwen3_moe, got 'gpt2'",
         "aq_lightning/models/gpt2.py",
         "SPEC = Architecture(blocks=",
         "producer",

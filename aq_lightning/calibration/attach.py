@@ -11,6 +11,7 @@ from torch.func import functional_call
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import add_shift_biases, fold
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import stacks
 from aq_lightning.models.sites import Architecture, Group, Heads, Site, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
@@ -88,7 +89,7 @@ def attach(
         architecture: its sites.
         heads: its attention heads.
         transforms: site name → factor factories.
-        weight_quantizer: range rule of every linear; None leaves weights unrounded.
+        weight_quantizer: range rule of every weight; None leaves weights unrounded.
         scheme: integers of weights and activations.
         storage: dtype in which the checkpoint keeps scales.
 
@@ -115,9 +116,9 @@ def attach(
         for linear in site.consumers + ((_producer(site),) if site.name in moved else ()):
             _check_bias(block, architecture, site, linear)
     quantizers = {}
-    for name, linear in linears(block).items() if weight_quantizer is not None else ():
-        quantizer = weight_quantizer(scheme.weight, tuple(linear.weight.shape), storage)
-        quantizers[f"{name}.weight"] = quantizer.to(linear.weight.device)
+    for name, weight in weights(block).items() if weight_quantizer is not None else ():
+        quantizer = weight_quantizer(scheme.weight, tuple(weight.flatten(0, -2).shape), storage)
+        quantizers[name] = quantizer.to(weight.device)
     return AttachedBlock(block, architecture, heads, built, quantizers, moved)
 
 
@@ -158,23 +159,32 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
 @torch.no_grad()
 def install(block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
     """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none."""
-    like = next(block.parameters())
+    like, shapes = next(block.parameters()), {name: stack.shape for name, stack in stacks(block).items()}
     for name, tensor in tensors.items():
         value = tensor.dequantize(like.dtype) if isinstance(tensor, QTensor) else tensor.to(like.dtype)
+        value = value.reshape(shapes.get(name, value.shape))
         path, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(path), leaf, nn.Parameter(value.to(like.device), requires_grad=False))
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by name: what is quantized."""
+    """The linears of a block by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """What is quantized, by name: weights (out, in) of linears and (experts, out, in) of experts; no router's."""
+    return {f"{name}.weight": linear.weight for name, linear in linears(block).items()} | stacks(block)
+
+
 def site_shape(block: nn.Module, site: Site, heads: Heads) -> SiteShape:
-    """Blocks and sizes of a site: key-value heads, or all channels that its consumers read or its norms scale."""
+    """Blocks and sizes of a site: key-value heads, experts, or all channels that consumers read or norms scale."""
     rotary = heads.rotary if site.dual else None
     if site.per_head:
         return SiteShape(heads.key_value, heads.size, rotary)
+    if site.per_expert:
+        experts, _, width = block.get_parameter(site.consumers[0]).shape
+        return SiteShape(experts, width)
     if site.consumers:
         return SiteShape(1, block.get_submodule(site.consumers[0]).weight.shape[1])
     return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary)
@@ -217,7 +227,7 @@ def _check_absorbs(site: Site, factor: Factor) -> None:
 
 def _check_bias(block: nn.Module, architecture: Architecture, site: Site, linear: str) -> None:
     switchable = any(linear in together for together in architecture.bias_switches.values())
-    if not switchable and "bias" not in dict(block.get_submodule(linear).named_parameters()):
+    if not switchable and f"{linear}.bias" not in dict(block.named_parameters()):
         raise RequestError(
             f"A shift at {site.name} needs a bias on {linear}, and this architecture has none there and no switch for "
             f"one: remove Shift from transforms.{site.name}."

@@ -35,7 +35,8 @@ def fold(
         if site.dual:
             _over_outputs(folded, architecture.member(site.dual, heads), each.transpose, offset)
         for consumer in site.consumers:
-            folded[f"{consumer}.weight"] = each.transpose(folded[f"{consumer}.weight"])
+            name = architecture.member(consumer, heads).weight
+            folded[name] = site.from_columns(each.transpose(site.columns(folded[name])), folded[name])
     return folded
 
 

@@ -9,8 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
 from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate
+from aq_lightning.models.lookup import architecture_of
+from aq_lightning.models.naming import from_checkpoint
 from aq_lightning.scheme import Scheme
 
 
@@ -40,7 +43,9 @@ def open_model(
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    missing, unexpected = model.load_state_dict(load_dense(directory, dtype), strict=False, assign=True)
+    run_here(model.config)
+    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     absent = set(missing) - set(model.all_tied_weights_keys)
     if absent or unexpected:

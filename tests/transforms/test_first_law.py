@@ -50,9 +50,8 @@ def fresh(name: str) -> tuple[Tiny, nn.Module, Call]:
     small, call, parameters = known(name)
     block = small.blocks[0]
     for path, module in block.named_modules():
-        for leaf in ("weight", "bias"):
-            if leaf in module._parameters:
-                module._parameters[leaf] = parameters.get(f"{path}.{leaf}")
+        for leaf in module._parameters:
+            module._parameters[leaf] = parameters.get(f"{path}.{leaf}")
     return small, block, call
 
 
@@ -88,7 +87,7 @@ def holds_shift(small: Tiny, block: nn.Module, site: Site, scheme: str) -> bool:
     producer = site.producer.partition(":")[0]
     moves = scheme == "w4a4" and producer in linears(block)
     return all(
-        linear in switchable or linears(block)[linear].bias is not None
+        linear in switchable or f"{linear}.bias" in dict(block.named_parameters())
         for linear in (*site.consumers, *([producer] if moves else []))
     )
 
@@ -149,11 +148,12 @@ def test_transforms_move_the_weights(name: str, at: str) -> None:
     small, block, _ = fresh(name)
     site = site_of(small, at)
     before = dict(block.named_parameters())
-    sides = {member.partition(":")[0] for member in (site.producer, *site.consumers, site.dual) if member}
+    ends = [small.architecture.member(end, small.heads) for end in (site.producer, *site.consumers, site.dual) if end]
+    sides = {end.weight.removesuffix(".weight") for end in ends}
     for factor in everything(small, block, "w4a4")[at]:
         attached = scrambled(small, block, {at: [factor]}, "w4a4")
         moved = {
-            key.rpartition(".")[0]
+            key.removesuffix(".weight").removesuffix(".bias")
             for key, tensor in attached.effective(torch.float64).items()
             if (tensor - before.get(key, torch.zeros_like(tensor))).abs().max() > 1e-2
         }
