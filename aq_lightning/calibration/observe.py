@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.attach import AttachedBlock, site_shape
 from aq_lightning.models.sites import Site, SiteShape
 from aq_lightning.transforms import SiteStatistics
 
@@ -56,8 +56,8 @@ def initialize(attached: AttachedBlock, ranges: Ranges) -> None:
         if site.name in attached.transforms and site.consumers:
             weights = [attached.block.get_submodule(name).weight for name in site.consumers]
             greatest = torch.stack([weight.abs().amax(0).double() for weight in weights]).amax(0)  # (channels)
-            transform = attached.transforms[site.name]
-            transform.initialize(_statistics(transform.factors[0].shape, ranges[site.name], greatest))
+            shape = site_shape(attached.block, site, attached.heads)
+            attached.transforms[site.name].initialize(_statistics(shape, ranges[site.name], greatest))
 
 
 def _statistics(shape: SiteShape, seen: ChannelRange, greatest: Tensor) -> SiteStatistics:

@@ -114,5 +114,6 @@ def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe:
     attached = attach(
         block, architecture, heads, recipe.transforms, recipe.weight_quantizer, recipe.scheme, torch.float32
     )
+    attached.detach()
     gained = gained_biases(attached)
     return [switch for switch, together in architecture.bias_switches.items() if gained & set(together)]
