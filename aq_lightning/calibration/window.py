@@ -106,7 +106,7 @@ class LiveWindow:
 def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe: Recipe) -> list[str]:
     """Config switches that must be on for the recipe's result: those of the linears that gain a bias.
 
-    Works on the meta device, and so checks before any weight is read that the recipe fits the architecture.
+    Works on the meta device.
 
     Raises:
         RequestError: see :func:`aq_lightning.calibration.attach.attach`.
