@@ -226,11 +226,11 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
-    for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
-        print(line)
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     datamodule.calibration()
     datamodule.evaluation()
+    for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
+        print(line)
 
 
 def _quiet() -> None:

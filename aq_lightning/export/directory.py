@@ -41,7 +41,7 @@ class Description:
     config: Mapping[str, Any]
     """Content of ``config.json``."""
     stem: str = "model"
-    """First part of the weights' file names; no other program finds weights under another."""
+    """First part of the weights' file names; transformers finds none under another."""
 
 
 def write_directory(
