@@ -15,14 +15,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, adapt, switches
+from aq_lightning.calibration import RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.doctor import examine
 from aq_lightning.errors import RequestError
-from aq_lightning.evaluation import Row, render
+from aq_lightning.evaluation import Row, overhead_lines, render
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import EMBEDDED, Pretrained, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import (
+    EMBEDDED,
+    Pretrained,
+    load,
+    load_config,
+    load_tokenizer,
+    locate,
+    skeleton,
+    storage_of,
+)
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.pipeline import Job, quantize
 
@@ -196,7 +205,8 @@ def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
 
 
 def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
-    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked."""
+    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked, and
+    prints what it costs at run time."""
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
     if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
@@ -205,19 +215,24 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
             "name the original."
         )
     architecture = architecture_of(config)
-    block = skeleton(config).get_submodule(architecture.blocks)[0]
+    blocks = skeleton(config).get_submodule(architecture.blocks)
+    block, recipe = blocks[0], model.recipe
     heads = heads_of(config, architecture)
     if model.adapt:
-        folding, refusals = adapt(block, architecture, heads, model.recipe.transforms, model.recipe.scheme)
-        model.recipe = replace(model.recipe, transforms=folding)
+        folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
+        model.recipe = recipe = replace(recipe, transforms=folding)
         for refusal in refusals:
             print(f"left out: {refusal}")
-    switches(block, architecture, heads, model.recipe)
-    if architecture.experts and not model.recipe.scheme.weight.symmetric:
-        print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {model.recipe.scheme}sym")
+    storage = storage_of(source, config)
+    quantizer, scheme = recipe.weight_quantizer, recipe.scheme
+    attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    if architecture.experts and not scheme.weight.symmetric:
+        print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     datamodule.calibration()
     datamodule.evaluation()
+    for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
+        print(line)
 
 
 def _quiet() -> None:

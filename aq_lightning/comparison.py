@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from aq_lightning.calibration import rounded_to_nearest
 from aq_lightning.calibration.attach import weights
-from aq_lightning.evaluation import PerplexityTest, Row, effective_bits
+from aq_lightning.evaluation import PerplexityTest, Row, effective_bits, overhead
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.loading import Pretrained
@@ -52,7 +52,8 @@ class Comparison:
             return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
         blocks = model.get_submodule(architecture_of(model.config).blocks)
         with quantized_activations(blocks, scheme.activation):
-            return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained).expanduser())[1]))
+            bits = effective_bits(read(Path(pretrained).expanduser())[1])
+            return Row(name, self._perplexity(model), bits, overhead(blocks).percent)
 
     def _perplexity(self, model: nn.Module) -> float:
         """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""

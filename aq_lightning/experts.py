@@ -23,17 +23,31 @@ Hook = Callable[[int, Tensor], Tensor]
 """(expert, activation (tokens, width)) → what the expert's last linear reads instead."""
 
 _NAME = "aq_lightning"
+_STACKS = ("gate_up_proj", "down_proj")
 _HOOKS: WeakKeyDictionary[nn.Module, list[Hook]] = WeakKeyDictionary()
 
 
 def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Linears of all experts by name: parameters (experts, out, in)."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 3}
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 3 and name.rpartition(".")[2] in _STACKS
+    }
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
     """The modules that hold experts."""
     return [module.get_submodule(path) for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks(module))]
+
+
+def weights_per_token(module: nn.Module) -> int:
+    """Weights of experts that one token meets."""
+    return sum(
+        parameter[0].numel() * experts.config.num_experts_per_tok
+        for experts in experts_of(module)
+        for parameter in stacks(experts).values()
+    )
 
 
 def run_here(config: PreTrainedConfig) -> None:

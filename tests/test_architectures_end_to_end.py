@@ -19,6 +19,7 @@ from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor
+from aq_lightning.transforms.online import carried
 
 EVERYTHING_FOLDS = ("llama", "llama-biased", "opt", "opt-unbiased")
 """Models that take every factor of configs/affinequant.yaml."""
@@ -132,3 +133,25 @@ def test_expert_that_no_token_reaches_is_safe(fit: Callable[..., Path], tmp_path
     for linear in ("w1", "w2", "w3"):
         tensor = checkpoint[f"model.layers.0.block_sparse_moe.experts.0.{linear}.weight"]
         assert isinstance(tensor, QTensor) and tensor.codes.unique().numel() == 8 and tensor.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "gemma2", "opt-gelu", "phi3"])
+def test_fit_and_load_online(
+    directory: Path, fit: Callable[..., Path], capsys: pytest.CaptureFixture, tmp_path: Path, name: str
+) -> None:
+    """Norms with gains of 1 + weight, fused consumers, and one norm that attention and MLP both read."""
+    run = fit("w3a16g8", tmp_path / "run", f"--model.pretrained={directory}", config="affinequant-dense.yaml")
+    printed = capsys.readouterr().out
+    norms = 1 if name == "falcon-7b" else 2
+    assert printed.count("online: ") == norms and "in each of 2 blocks" in printed
+    ids = torch.arange(2 * 24).reshape(2, 24) * 7 % 96
+    ours, _, _ = open_model(str(run / "checkpoint"), torch.float32)
+    assert len(list(carried(ours))) == 2 * norms
+    with torch.no_grad():
+        full = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits
+        reference = ours(ids).logits
+        for _, online in carried(ours):
+            online[0].inverse.copy_(torch.eye(64)[None].roll(1, -1))
+        broken = ours(ids).logits
+    assert torch.isfinite(reference).all()
+    assert (reference - full).norm() < 0.5 * (broken - full).norm(), "the products belong to the weights"

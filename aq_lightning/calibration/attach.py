@@ -10,20 +10,23 @@ from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import add_shift_biases, fold
+from aq_lightning.calibration.places import carrier_of, check_place
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
 from aq_lightning.models.sites import Architecture, Group, Heads, Site, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Factor, FactorFactory, Map, Transform
+from aq_lightning.transforms import FactorFactory, Map, Transform
+from aq_lightning.transforms.online import carrier, carry_empty, carry_stored, drop, online_name
 
 
 class AttachedBlock(nn.Module):
     """A frozen block seen through its transforms and weight quantizers.
 
     The block's parameters stay what they are: each forward pass computes the folded, fake-quantized tensors once and
-    calls the block with them. Deleting this object detaches everything. Activation quantization is separate:
+    calls the block with them. Of that the block shows nothing, but that modules carry empty online products where
+    there are online factors, until :meth:`detach` or merge. Activation quantization is separate:
     :func:`aq_lightning.quantizers.quantized_activations`.
     """
 
@@ -43,6 +46,15 @@ class AttachedBlock(nn.Module):
         self.transforms = nn.ModuleDict(transforms)
         self.quantizers = nn.ModuleDict({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.moved = frozenset(moved)
+        sites = {site.name: site for site in architecture.sites}
+        self.carriers = {name: carrier_of(block, sites[name]) for name, each in transforms.items() if each.online()}
+        for name, module in self.carriers.items():
+            carry_empty(block.get_submodule(module), [factor.operation() for factor in transforms[name].online()])
+
+    def detach(self) -> None:
+        """Leaves the block as it was, for a plan that was only checked."""
+        for module in self.carriers.values():
+            drop(self.block.get_submodule(module))
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
         """The quantized block's answer, (batch, length, hidden) → the same."""
@@ -67,10 +79,15 @@ class AttachedBlock(nn.Module):
         return add_shift_biases(folded, rounded, self.architecture.sites, maps, self.moved)
 
     def folded(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Map]]:
-        """Parameters of the transformed block before rounding, and the maps that were folded."""
+        """Parameters of the transformed block before rounding, those of online products included, and the maps."""
         maps = {name: transform(dtype) for name, transform in self.transforms.items()}
-        tensors = {name: parameter.to(dtype) for name, parameter in self.block.named_parameters()}
-        return fold(tensors, self.architecture, self.heads, maps, self.moved), maps
+        own = {name: tensor for name, tensor in self.block.named_parameters() if not carrier(name)}
+        tensors = {name: tensor.to(dtype) for name, tensor in own.items()}
+        folded = fold(tensors, self.architecture, self.heads, maps, self.moved)
+        for site, module in self.carriers.items():
+            for position, product in enumerate(maps[site].online):
+                folded |= {online_name(module, position, name): tensor for name, tensor in product.items()}
+        return folded, maps
 
 
 def attach(
@@ -94,8 +111,8 @@ def attach(
         storage: dtype in which the checkpoint keeps scales.
 
     Raises:
-        RequestError: an unknown site, a factor that its site cannot absorb, a linear that cannot take the bias that a
-            shift needs, or a group size that does not divide.
+        RequestError: an unknown site, a factor that its site cannot absorb and that is not online, a linear that
+            cannot take the bias that a shift needs, or a group size that does not divide.
     """
     sites = {site.name: site for site in architecture.sites}
     unknown = sorted(set(transforms) - set(sites))
@@ -107,7 +124,7 @@ def attach(
         shape = site_shape(block, sites[name], heads)
         factors = [factory(shape) for factory in factories]
         for factor in factors:
-            _check_absorbs(sites[name], factor)
+            check_place(block, sites[name], factor)
         if factors:
             built[name] = Transform(factors).to(next(block.parameters()).device)
     shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]
@@ -124,7 +141,8 @@ def attach(
 
 @torch.no_grad()
 def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str] = ()) -> dict[str, QTensor | Tensor]:
-    """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will.
+    """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will; its modules
+    carry the products of online factors.
 
     Args:
         attached: a block after training.
@@ -158,9 +176,11 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
 
 @torch.no_grad()
 def install(block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
-    """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none."""
+    """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none, and
+    modules carry the online products given and no others."""
     like, shapes = next(block.parameters()), {name: stack.shape for name, stack in stacks(block).items()}
-    for name, tensor in tensors.items():
+    carry_stored(block, {name: tensor.to(like) for name, tensor in tensors.items() if carrier(name)})
+    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if not carrier(name)):
         value = tensor.dequantize(like.dtype) if isinstance(tensor, QTensor) else tensor.to(like.dtype)
         value = value.reshape(shapes.get(name, value.shape))
         path, _, leaf = name.rpartition(".")
@@ -214,15 +234,6 @@ def _producer(site: Site) -> str:
 def _holds_bias(block: nn.Module, producer: str) -> bool:
     module = block.get_submodule(producer)
     return isinstance(module, nn.Linear) or "bias" in dict(module.named_parameters())
-
-
-def _check_absorbs(site: Site, factor: Factor) -> None:
-    if factor.group not in site.absorbs:
-        folds = " or ".join(sorted(group.value for group in site.absorbs))
-        raise RequestError(
-            f"Only {folds} folds at {site.name} ({site.producer} → {', '.join(site.consumers) or site.dual}), got "
-            f"{type(factor).__name__}, which is {factor.group.value}: remove it from transforms.{site.name}."
-        )
 
 
 def _check_bias(block: nn.Module, architecture: Architecture, site: Site, linear: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from aq_lightning.calibration.attach import AttachedBlock, weights
+from aq_lightning.calibration.attach import AttachedBlock, site_shape, weights
 from aq_lightning.experts import hooked
 from aq_lightning.models.sites import Site, SiteShape
 from aq_lightning.transforms import SiteStatistics
@@ -76,8 +76,8 @@ def initialize(attached: AttachedBlock, ranges: Ranges) -> None:
             members = [attached.architecture.member(name, attached.heads) for name in site.consumers]
             columns = [site.columns(quantized[member.weight]) for member in members if member.weight in quantized]
             greatest = torch.stack([c.abs().flatten(0, -2).amax(0).double() for c in columns]).amax(0)  # (channels)
-            transform = attached.transforms[site.name]
-            transform.initialize(_statistics(transform.factors[0].shape, ranges[site.name], greatest))
+            shape = site_shape(attached.block, site, attached.heads)
+            attached.transforms[site.name].initialize(_statistics(shape, ranges[site.name], greatest))
 
 
 def _statistics(shape: SiteShape, seen: Sequence[ChannelRange], greatest: Tensor) -> SiteStatistics:

@@ -110,7 +110,7 @@ class LiveWindow:
 def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe: Recipe) -> list[str]:
     """Config switches that must be on for the recipe's result: those of the linears that gain a bias.
 
-    Works on the meta device, and so checks before any weight is read that the recipe fits the architecture.
+    Works on the meta device.
 
     Raises:
         RequestError: see :func:`aq_lightning.calibration.attach.attach`.
@@ -118,5 +118,6 @@ def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe:
     attached = attach(
         block, architecture, heads, recipe.transforms, recipe.weight_quantizer, recipe.scheme, torch.float32
     )
+    attached.detach()
     gained = gained_biases(attached)
     return [switch for switch, together in architecture.bias_switches.items() if gained & set(together)]

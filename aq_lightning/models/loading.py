@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
@@ -194,6 +201,11 @@ def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:
         for file in Path(pretrained.source.location).glob(pattern):
             shutil.copyfile(file, directory / file.name)
     return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def storage_of(source: Source, config: PreTrainedConfig) -> torch.dtype:
+    """Dtype of a model's tensors in its checkpoint, before any is read."""
+    return torch.float16 if source.gguf_file else config.dtype or torch.float16
 
 
 def skeleton(config: object) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.online import BlockProduct, Operation, block_product
 
 _LEAST_DIAGONAL = 1e-3  # of matrices that start at the identity
 
@@ -31,6 +32,23 @@ def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tenso
     return torch.where(distance == 0, torch.ones((), dtype=like.dtype, device=like.device), band)
 
 
+def _divided(shape: SiteShape, block: int, online: bool) -> SiteShape:
+    """The channels of a site as blocks of another width.
+
+    Raises:
+        RequestError: the width does not divide them, or the matrix would fold, which takes the site's own blocks.
+    """
+    if not online:
+        raise RequestError(f"Affine.block cuts an online matrix, got {block} without online: add online: true, or "
+                           "leave block out for the site's own blocks.")  # fmt: skip
+    if block < 1 or shape.channels % block:
+        divisors = [width for width in range(1, shape.channels) if shape.channels % width == 0]
+        common = [width for width in divisors if width % 64 == 0] or divisors
+        raise RequestError(f"Affine.block must divide the {shape.channels} channels of its site, got {block}: use "
+                           f"{' or '.join(map(str, common))}, or null for one matrix.")  # fmt: skip
+    return SiteShape(shape.channels // block, block)
+
+
 class Affine(Factor):
     """One dense matrix per block of channels, ``A ⊙ mask``, starting at the identity.
 
@@ -43,12 +61,24 @@ class Affine(Factor):
         stability: factor on the off-diagonals (the paper's α, its code's ``sf``), in (0, 1].
         dominance: greatest ratio of a row's off-diagonals, summed in absolute value, to its diagonal, in (0, 1);
             None leaves the matrix free, as the paper's code does.
+        online: whether the activation is multiplied by A⁻¹ at run time: at any site with consumers, at a cost.
+        block: width of an online matrix's diagonal blocks; None: the site's own, all channels or those of a head.
     """
 
     group: ClassVar[Group] = Group.HEAD
 
-    def __init__(self, shape: SiteShape, stability: float = 0.1, dominance: float | None = 0.9) -> None:
+    def __init__(
+        self,
+        shape: SiteShape,
+        stability: float = 0.1,
+        dominance: float | None = 0.9,
+        online: bool = False,
+        block: int | None = None,
+    ) -> None:
         super().__init__()
+        if block is not None:
+            shape = _divided(shape, block, online)
+        self.online = online
         if not 0 < stability <= 1:
             raise RequestError(f"Affine.stability lies in (0, 1], got {stability}: 0.1 is the paper's for heads.")
         if dominance is not None and not 0 < dominance < 1:
@@ -99,11 +129,14 @@ class Affine(Factor):
         matrix = self.effective()
         inverse = torch.linalg.inv_ex(matrix).inverse.to(dtype)  # inv_ex: no host synchronization
         transposed = matrix.mT.to(dtype)
-        return Map(lambda x: self._times(x, inverse), lambda w: self._times(w, transposed))
+        return Map(
+            lambda x: block_product(x, inverse),
+            lambda w: block_product(w, transposed),
+            online=({"inverse": inverse},) if self.online else (),
+        )
 
-    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """(…, blocks · group · size) times each block's (size, size)."""
-        return self.shape.join(torch.einsum("...bgs,bst->...bgt", self.shape.split(x), matrix))
+    def operation(self) -> Operation:
+        return BlockProduct(inverse=torch.empty_like(self.matrix, device="meta"))
 
     def condition(self) -> Tensor:
         matrix = self.effective().detach()

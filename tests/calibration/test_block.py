@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -133,8 +134,15 @@ def test_baseline_gives_weights_back_after_a_crash() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+ONLINE = {
+    "attention_input": [Shift, Diagonal, partial(Affine, online=True)],
+    "value_output": [Diagonal, Affine, partial(Affine, online=True, block=8)],
+}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
-def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
+@pytest.mark.parametrize("transforms", [TRANSFORMS, ONLINE], ids=["folding", "online"])
+def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks(transforms: dict) -> None:
     """One optimizer step of two blocks gives the same gradients compiled; the second block reuses the first's code."""
     torch._dynamo.utils.counters.clear()
     model = with_true_norms(tiny_llama().double())  # in float32 another order of sums would round a weight differently
@@ -145,8 +153,10 @@ def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
         recipe = SimpleNamespace(objective=BlockMSE(), compiled=compiled)
         gradients[compiled] = []
         for index, block in enumerate(model.model.layers):
-            attached = attach(block, SPEC, HEADS, TRANSFORMS, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+            attached = attach(block, SPEC, HEADS, transforms, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
             module = BlockCalibration([attached], others, recipe, Position(index, index, 2))
+            for matrix in module.matrices():
+                matrix.open_band(0, 1)
             recipe.objective.loss(module(hidden), hidden).backward()
             gradients[compiled] += [p.grad for p in module.parameters() if p.requires_grad]
     for plain, fast in zip(gradients[False], gradients[True], strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_close, relative_error
@@ -106,6 +108,27 @@ def test_condition_number(kind: type[Factor]) -> None:
     factor = scrambled(kind)
     worst = max(float(torch.linalg.cond(block)) for block in blocks_of(explicit(factor)))
     assert float(factor.condition()) == pytest.approx(worst, rel=1e-10) and worst > 1.1
+
+
+@pytest.mark.parametrize("block, matrices", [(None, (2, 6)), (4, (3, 4)), (12, (1, 12)), (1, (12, 1))])
+def test_online_affine_leaves_the_inverse_to_run_time(block: int | None, matrices: tuple[int, int]) -> None:
+    """What folds and then its products make up the whole inverse; the mask has the width of a block."""
+    factor = scrambled(partial(Affine, online=True, block=block))
+    assert (
+        factor.matrix.shape == (matrices[0], matrices[1], matrices[1]) and factor.mask.shape == factor.matrix[0].shape
+    )
+    diagonal = scrambled(Diagonal)
+    both = Transform([diagonal, factor])(torch.float64)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(both.folded(x), diagonal(torch.float64).inverse(x))
+    (tensors,) = both.online
+    product = type(factor.operation())(**tensors)
+    assert torch.equal(product(both.folded(x)), both.inverse(x)) and not torch.equal(both.folded(x), both.inverse(x))
+    assert_close("x A⁻¹", x @ torch.linalg.inv(explicit(factor)), factor(torch.float64).inverse(x), 1e-12)
+    assert {name: tensor.shape for name, tensor in factor.operation().named_parameters()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
+    assert product.multiply_adds(24) == 24 * matrices[1], "a shared block multiplies as often as it is used"
 
 
 def test_condition_of_a_product_is_bounded() -> None:

@@ -32,10 +32,12 @@ def _load_weight(
 
 @triton.jit
 def _grid(
-    b_w, m, m_row, b_a, b_b,
+    b_w, m, m_row, p_low, p_high,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """Least and greatest weight, ends of the range, scale and zero point of each row's group, all float32 [R]."""
+    """Fractions, least and greatest weight, ends of the range, scale and zero of each row's group, all float32 [R]."""
+    b_a = tl.load(p_low, mask=m_row, other=1.0)
+    b_b = tl.load(p_high, mask=m_row, other=1.0)
     b_min = tl.where(m_row, tl.min(tl.where(m, b_w, float("inf")), axis=1), 0.0)
     b_max = tl.where(m_row, tl.max(tl.where(m, b_w, float("-inf")), axis=1), 0.0)
     b_lo, b_hi = tl.minimum(b_min * b_a, 0.0), tl.maximum(b_max * b_b, 0.0)
@@ -51,7 +53,32 @@ def _grid(
     else:
         b_zr = _round(tl.div_rn(-b_lo, b_s))
     b_z = tl.minimum(tl.maximum(b_zr, 0.0), LEVELS - 1.0)
-    return b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z
+    return b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z
+
+
+@triton.jit
+def _ends_gradient(
+    b_ds, b_dz, b_low, b_high, b_lo, b_hi, b_s, b_ok, b_zr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr
+):  # fmt: skip
+    """Gradients of the range's ends before they were made to contain 0, from those of scale and zero, all [R]."""
+    if SYMMETRIC:
+        b_ds = tl.where(b_ok, b_ds, 0.0) / ((LEVELS - 1) / 2)
+        b_dhi = tl.where(b_hi > -b_lo, b_ds, tl.where(b_hi == -b_lo, b_ds * 0.5, 0.0))
+        b_dlo = b_dhi - b_ds
+    else:
+        b_dz = tl.where((b_zr >= 0.0) & (b_zr <= LEVELS - 1.0), b_dz, 0.0)
+        b_ds += b_dz * tl.div_rn(tl.div_rn(b_lo, b_s), b_s)
+        b_dhi = tl.where(b_ok, b_ds, 0.0) / (LEVELS - 1.0)
+        b_dlo = -tl.div_rn(b_dz, b_s) - b_dhi
+    return tl.where(b_low <= 0.0, b_dlo, 0.0), tl.where(b_high >= 0.0, b_dhi, 0.0)
+
+
+@triton.jit
+def _through_extreme(b_w, m, b_extreme, b_d):
+    """Gradient [R, G] of the weights from that of their least or greatest, shared by those that tie."""
+    m_at = m & (b_w == b_extreme[:, None])
+    b_share = b_d / tl.maximum(tl.sum(m_at.to(tl.float32), axis=1), 1.0)
+    return tl.where(m_at, b_share[:, None], 0.0)
 
 
 @triton.jit
@@ -71,10 +98,8 @@ def fake_quantize_fwd_kernel(
         m = m_row[:, None] & (o_in < size)[None, :]
         b_v, b_r, b_c, b_w = _load_weight(value, rows, columns, o_row, o_col, m_row, m, width, HAS_ROWS, HAS_COLUMNS)
         o_range = o_row * groups + i_group
-        b_a = tl.load(low + o_range, mask=m_row, other=1.0)
-        b_b = tl.load(high + o_range, mask=m_row, other=1.0)
-        b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
-            b_w, m, m_row, b_a, b_b, LEVELS, SYMMETRIC, STORAGE, TINY
+        b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
+            b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
         )
         b_u = _round(tl.div_rn(b_w, b_s[:, None])) + b_z[:, None]
         b_u = tl.minimum(tl.maximum(b_u, 0.0), LEVELS - 1.0)
@@ -107,10 +132,8 @@ def fake_quantize_bwd_kernel(
         m = m_row[:, None] & (o_in < size)[None, :]
         b_v, b_r, b_c, b_w = _load_weight(value, rows, columns, o_row, o_col, m_row, m, width, HAS_ROWS, HAS_COLUMNS)
         o_range = o_row * groups + i_group
-        b_a = tl.load(low + o_range, mask=m_row, other=1.0)
-        b_b = tl.load(high + o_range, mask=m_row, other=1.0)
-        b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
-            b_w, m, m_row, b_a, b_b, LEVELS, SYMMETRIC, STORAGE, TINY
+        b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
+            b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
         )
         b_x = tl.div_rn(b_w, b_s[:, None])
         b_ur = _round(b_x) + b_z[:, None]
@@ -133,29 +156,13 @@ def fake_quantize_bwd_kernel(
         b_inside = tl.where(m_in, b_g, 0.0)
         b_dw += b_inside
         b_ds = tl.sum(b_g * (b_u - b_z[:, None]) - b_inside * b_x, axis=1)  # [R]
-        b_dlo = tl.zeros([R], tl.float32)
-        b_dhi = tl.zeros([R], tl.float32)
-        if SYMMETRIC:
-            b_ds = tl.where(b_ok, b_ds, 0.0) / ((LEVELS - 1) / 2)
-            b_dhi = tl.where(b_hi > -b_lo, b_ds, tl.where(b_hi == -b_lo, b_ds * 0.5, 0.0))
-            b_dlo = -(b_ds - b_dhi)
-        else:
-            b_dz = -b_s * tl.sum(b_g - b_inside, axis=1)
-            b_dz = tl.where((b_zr >= 0.0) & (b_zr <= LEVELS - 1.0), b_dz, 0.0)
-            b_dlo = -tl.div_rn(b_dz, b_s)
-            b_ds += b_dz * tl.div_rn(tl.div_rn(b_lo, b_s), b_s)
-            b_ds = tl.where(b_ok, b_ds, 0.0) / (LEVELS - 1.0)
-            b_dhi = b_ds
-            b_dlo -= b_ds
-        b_dlo = tl.where(b_min * b_a <= 0.0, b_dlo, 0.0)
-        b_dhi = tl.where(b_max * b_b >= 0.0, b_dhi, 0.0)
+        b_dz = -b_s * tl.sum(b_g - b_inside, axis=1)  # [R]
+        b_dlo, b_dhi = _ends_gradient(
+            b_ds, b_dz, b_min * b_a, b_max * b_b, b_lo, b_hi, b_s, b_ok, b_zr, LEVELS, SYMMETRIC
+        )
         tl.store(d_low + o_range, b_dlo * b_min, mask=m_row)
         tl.store(d_high + o_range, b_dhi * b_max, mask=m_row)
-        m_min = m & (b_w == b_min[:, None])
-        m_max = m & (b_w == b_max[:, None])
-        b_dmin = b_dlo * b_a / tl.maximum(tl.sum(m_min.to(tl.float32), axis=1), 1.0)
-        b_dmax = b_dhi * b_b / tl.maximum(tl.sum(m_max.to(tl.float32), axis=1), 1.0)
-        b_dw += tl.where(m_min, b_dmin[:, None], 0.0) + tl.where(m_max, b_dmax[:, None], 0.0)
+        b_dw += _through_extreme(b_w, m, b_min, b_dlo * b_a) + _through_extreme(b_w, m, b_max, b_dhi * b_b)
         b_dw = tl.where(m, b_dw, 0.0)
         if NEEDS_VALUE:
             tl.store(d_value + o_w, b_dw * b_r * b_c, mask=m)
