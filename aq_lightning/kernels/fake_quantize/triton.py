@@ -138,8 +138,6 @@ def fake_quantize_bwd_kernel(
         b_x = tl.div_rn(b_w, b_s[:, None])
         b_ur = _round(b_x) + b_z[:, None]
         b_u = tl.minimum(tl.maximum(b_ur, 0.0), LEVELS - 1.0)
-        m_in = (b_ur >= 0.0) & (b_ur <= LEVELS - 1.0)
-
         o_w = o_row[:, None].to(tl.int64) * width + o_col[None, :]
         b_g = tl.load(d_rounded + o_w, mask=m, other=0.0).to(tl.float32)
         b_dw = tl.zeros([R, G], tl.float32)
@@ -147,13 +145,12 @@ def fake_quantize_bwd_kernel(
             b_d = tl.load(direction + o_col, mask=o_in < size, other=0.0)[None, :]
             b_dy = tl.load(d_gain + o_row, mask=m_row, other=0.0)[:, None]
             b_dw = b_dy * b_d
-            b_q = (b_u - b_z[:, None]) * b_s[:, None]
-            b_acting = b_w - b_q if ROUNDING_ONLY else b_w
+            b_acting = b_w - (b_u - b_z[:, None]) * b_s[:, None] if ROUNDING_ONLY else b_w
             b_dd += tl.sum(tl.where(m, b_dy * b_acting, 0.0), axis=0)
             if ROUNDING_ONLY:
                 b_g = b_g - b_dw
         b_g = tl.where(m, b_g, 0.0)
-        b_inside = tl.where(m_in, b_g, 0.0)
+        b_inside = tl.where((b_ur >= 0.0) & (b_ur <= LEVELS - 1.0), b_g, 0.0)
         b_dw += b_inside
         b_ds = tl.sum(b_g * (b_u - b_z[:, None]) - b_inside * b_x, axis=1)  # [R]
         b_dz = -b_s * tl.sum(b_g - b_inside, axis=1)  # [R]
@@ -163,7 +160,6 @@ def fake_quantize_bwd_kernel(
         tl.store(d_low + o_range, b_dlo * b_min, mask=m_row)
         tl.store(d_high + o_range, b_dhi * b_max, mask=m_row)
         b_dw += _through_extreme(b_w, m, b_min, b_dlo * b_a) + _through_extreme(b_w, m, b_max, b_dhi * b_b)
-        b_dw = tl.where(m, b_dw, 0.0)
         if NEEDS_VALUE:
             tl.store(d_value + o_w, b_dw * b_r * b_c, mask=m)
         if HAS_ROWS:
