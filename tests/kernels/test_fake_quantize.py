@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from aq_lightning.kernels.fake_quantize import _operator, naive
+from aq_lightning.kernels.fake_quantize import Request, fused, naive
 from aq_lightning.scheme import Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,11 +33,9 @@ def inputs(height: int, width: int, groups: int, dtype: torch.dtype, rows: bool,
 def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: torch.dtype):
     """(outputs, gradients) of the plain path and of the kernel for one random cotangent."""
     results = []
-    for call in (
-        lambda: naive.fake_quantize(*tensors, grid, storage, rounding_only, dtype),
-        lambda: _operator(*tensors, grid.levels, grid.symmetric, storage, rounding_only, dtype),
-    ):
-        rounded, gain = call()
+    request = Request(*tensors, grid, storage, rounding_only, dtype)
+    for call in (naive.fake_quantize, fused):
+        rounded, gain = call(request)
         torch.manual_seed(1)
         loss = (rounded.float() * torch.randn(rounded.shape).to(DEVICE)).sum()
         loss = loss + (gain * torch.randn(gain.shape).to(DEVICE)).sum()

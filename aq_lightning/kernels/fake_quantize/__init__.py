@@ -6,30 +6,24 @@ import torch
 from torch import Tensor
 
 from aq_lightning.kernels.fake_quantize import naive
+from aq_lightning.kernels.fake_quantize.naive import Request as Request
 from aq_lightning.scheme import Grid
 
 
-def fake_quantize(
-    value: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    direction: Tensor | None,
-    grid: Grid,
-    storage: torch.dtype,
-    rounding_only: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """:func:`naive.fake_quantize`, by a Triton kernel where there is one for the device; differentiable.
+def fake_quantize(request: Request) -> tuple[Tensor, Tensor]:
+    """:func:`naive.fake_quantize`, differentiable, on a GPU by a kernel.
 
     The kernel computes in float32, so it answers float32 requests; others take the plain path.
     """
-    if low.dtype != torch.float32 or value.device.type != "cuda":
-        return naive.fake_quantize(value, rows, columns, low, high, direction, grid, storage, rounding_only, dtype)
-    return _operator(
-        value, rows, columns, low, high, direction, grid.levels, grid.symmetric, storage, rounding_only, dtype
-    )
+    if request.low.dtype != torch.float32 or request.value.device.type != "cuda":
+        return naive.fake_quantize(request)
+    return fused(request)
+
+
+def fused(request: Request) -> tuple[Tensor, Tensor]:
+    """:func:`fake_quantize` by the kernel, whatever the device."""
+    *tensors, grid, storage, rounding_only, dtype = request
+    return _operator(*tensors, grid.bits, grid.symmetric, storage, rounding_only, dtype)
 
 
 @torch.library.custom_op("aq_lightning::fake_quantize", mutates_args=())
@@ -40,7 +34,7 @@ def _operator(
     low: Tensor,
     high: Tensor,
     direction: Tensor | None,
-    levels: int,
+    bits: int,
     symmetric: bool,
     storage: torch.dtype,
     rounding_only: bool,
@@ -48,11 +42,12 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     from aq_lightning.kernels.fake_quantize import triton
 
-    return triton.forward(value, rows, columns, low, high, direction, levels, symmetric, storage, rounding_only, dtype)
+    grid = Grid(bits, symmetric=symmetric)
+    return triton.forward(Request(value, rows, columns, low, high, direction, grid, storage, rounding_only, dtype))
 
 
 @_operator.register_fake
-def _(value, rows, columns, low, high, direction, levels, symmetric, storage, rounding_only, dtype):
+def _(value, rows, columns, low, high, direction, bits, symmetric, storage, rounding_only, dtype):
     return value.new_empty(value.shape, dtype=dtype), low.new_empty(value.shape[0])
 
 
@@ -66,7 +61,7 @@ def _backward_operator(
     low: Tensor,
     high: Tensor,
     direction: Tensor | None,
-    levels: int,
+    bits: int,
     symmetric: bool,
     storage: torch.dtype,
     rounding_only: bool,
@@ -74,38 +69,31 @@ def _backward_operator(
 ) -> list[Tensor]:
     from aq_lightning.kernels.fake_quantize import triton
 
-    return list(
-        triton.backward(
-            d_rounded, d_gain, value, rows, columns, low, high, direction,
-            levels, symmetric, storage, rounding_only, needs_value,
-        )
-    )  # fmt: skip
+    grid = Grid(bits, symmetric=symmetric)
+    request = Request(value, rows, columns, low, high, direction, grid, storage, rounding_only, d_rounded.dtype)
+    return triton.backward(request, d_rounded, d_gain, needs_value)
 
 
 @_backward_operator.register_fake
-def _(d_rounded, d_gain, value, rows, columns, low, high, direction, levels, symmetric, storage, rounding_only, needs):
-    def like(tensor: Tensor | None, there: bool = True) -> Tensor:
-        return low.new_empty(tensor.shape if tensor is not None and there else (0,))
+def _(d_rounded, d_gain, value, rows, columns, low, high, direction, bits, symmetric, storage, rounding_only, needs):
+    def like(tensor: Tensor | None) -> Tensor:
+        return low.new_empty((0,) if tensor is None else tensor.shape)
 
-    return [like(value, needs), like(rows), like(columns), like(low), like(high), like(direction)]
+    return [like(value if needs else None), like(rows), like(columns), like(low), like(high), like(direction)]
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.levels, ctx.symmetric, ctx.storage, ctx.rounding_only, _ = inputs
+    *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.needs_value = inputs[0].requires_grad
 
 
-def _backward(ctx, d_rounded: Tensor, d_gain: Tensor):
-    tensors = ctx.saved_tensors
+def _backward(ctx, d_rounded: Tensor, d_gain: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, needs_value = ctx.saved_tensors, ctx.needs_input_grad[0]
     gradients = _backward_operator(
-        d_rounded, d_gain, *tensors, ctx.levels, ctx.symmetric, ctx.storage, ctx.rounding_only, ctx.needs_value
+        d_rounded, d_gain, *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, needs_value
     )
-    there = [ctx.needs_value, *(tensor is not None for tensor in tensors[1:])]
-    kept = [gradient if wanted else None for gradient, wanted in zip(gradients, there, strict=True)]
-    if ctx.needs_value:
-        kept[0] = kept[0].to(tensors[0].dtype)
-    return (*kept, *[None] * 5)
+    wanted = zip(gradients, tensors, ctx.needs_input_grad[:6], strict=True)
+    return *(gradient.to(tensor.dtype) if needed else None for gradient, tensor, needed in wanted), *[None] * 5
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,33 +11,38 @@ from aq_lightning.qtensor import decode, encode, grid_of
 from aq_lightning.scheme import Grid
 
 
-def fake_quantize(
-    value: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    direction: Tensor | None,
-    grid: Grid,
-    storage: torch.dtype,
-    rounding_only: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    r"""Rounds :math:`w = \mathrm{diag}(r)\, v\, \mathrm{diag}(c)` to its grid, :math:`\hat w`.
+class Request(NamedTuple):
+    """A weight :math:`w = \\mathrm{diag}(r)\\, v\\, \\mathrm{diag}(c)` and how to round it."""
 
-    Args:
-        value: v, (out, in).
-        rows, columns: r (out) and c (in); None: ones.
-        low, high: fractions of each group's least and greatest weight at which its range ends, (out, groups).
-        direction: d, (in); None: zeros.
-        grid: bits, group size, symmetry.
-        storage: dtype of the scales in the checkpoint.
-        rounding_only: whether the second result is that of ``w − ŵ`` or of ``w``.
-        dtype: of the first result.
+    value: Tensor
+    """v, (out, in)."""
+    rows: Tensor | None
+    """r, (out); None: ones."""
+    columns: Tensor | None
+    """c, (in); None: ones."""
+    low: Tensor
+    """Fraction of each group's least weight at which its range ends, (out, groups)."""
+    high: Tensor
+    """The same of the greatest."""
+    direction: Tensor | None
+    """d, (in); None: zeros."""
+    grid: Grid
+    """Bits, group size, symmetry."""
+    storage: torch.dtype
+    """Of the scales in the checkpoint."""
+    rounding_only: bool
+    """Whether d meets ``w − ŵ``, or ``w``."""
+    dtype: torch.dtype
+    """Of the rounded weight."""
+
+
+def fake_quantize(request: Request) -> tuple[Tensor, Tensor]:
+    """Rounds w to its grid.
 
     Returns:
-        :math:`\hat w`, (out, in), and :math:`(w - \hat w)\, d` or :math:`w\, d`, (out) in the dtype of ``low``.
+        ``ŵ``, (out, in) in the dtype asked for, and ``(w − ŵ) d`` or ``w d``, (out) in the dtype of ``low``.
     """
+    value, rows, columns, low, high, direction, grid, storage, rounding_only, dtype = request
     weight = value.to(low.dtype)
     weight = weight if rows is None else weight * rows[:, None]
     weight = weight if columns is None else weight * columns

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aq_lightning.kernels.fake_quantize.naive import Request
+
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
 _STORAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _TILE = 4096  # elements of a weight that a program holds at once, if a group is no larger
@@ -82,7 +84,7 @@ def _through_extreme(b_w, m, b_extreme, b_d):
 
 
 @triton.jit
-def fake_quantize_fwd_kernel(
+def _fake_quantize_fwd_kernel(
     value, rows, columns, low, high, direction, rounded, gain,
     height, width, size, groups, chunk,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
@@ -113,7 +115,7 @@ def fake_quantize_fwd_kernel(
 
 
 @triton.jit
-def fake_quantize_bwd_kernel(
+def _fake_quantize_bwd_kernel(
     value, rows, columns, low, high, direction, d_rounded, d_gain,
     d_value, d_rows, d_columns, d_low, d_high, d_direction,
     height, width, size, groups, chunk,
@@ -180,59 +182,59 @@ def _plan(height: int, size: int, groups: int) -> tuple[int, int, int, int]:
     return rows, columns, chunk, 4 if columns * rows <= _TILE else 16
 
 
-def forward(
-    value: Tensor, rows: Tensor | None, columns: Tensor | None, low: Tensor, high: Tensor, direction: Tensor | None,
-    levels: int, symmetric: bool, storage: torch.dtype, rounding_only: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(request: Request) -> tuple[Tensor, Tensor]:
     """As :func:`naive.fake_quantize`; ``low`` is float32."""
-    (height, width), groups = value.shape, low.shape[1]
-    size = width // groups
-    R, G, chunk, warps = _plan(height, size, groups)
-    rounded = torch.empty(value.shape, dtype=dtype, device=value.device)
-    gain = torch.empty_like(low) if direction is not None else low.new_zeros(height, 1)  # (out, groups)
-    grid = (triton.cdiv(height, chunk), groups)
-    fake_quantize_fwd_kernel[grid](
-        value, rows, columns, low, high, direction, rounded, gain,
-        height, width, size, groups, chunk,
-        LEVELS=levels, SYMMETRIC=symmetric, STORAGE=_STORAGE[storage], TINY=torch.finfo(storage).smallest_normal,
-        HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HAS_DIRECTION=direction is not None,
-        ROUNDING_ONLY=rounding_only, R=R, G=G, num_warps=warps,
+    value, low = request.value, request.low
+    rounded = torch.empty(value.shape, dtype=request.dtype, device=value.device)
+    gain = torch.zeros_like(low)  # (out, groups)
+    (R, G, chunk, warps), constants = _plan(request), _constants(request)
+    grid = (triton.cdiv(value.shape[0], chunk), low.shape[1])
+    _fake_quantize_fwd_kernel[grid](
+        value, request.rows, request.columns, low, request.high, request.direction, rounded, gain,
+        *value.shape, value.shape[1] // low.shape[1], low.shape[1], chunk, R=R, G=G, num_warps=warps, **constants,
     )  # fmt: skip
     return rounded, gain.sum(1)
 
 
-def backward(
-    d_rounded: Tensor, d_gain: Tensor,
-    value: Tensor, rows: Tensor | None, columns: Tensor | None, low: Tensor, high: Tensor, direction: Tensor | None,
-    levels: int, symmetric: bool, storage: torch.dtype, rounding_only: bool, needs_value: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def backward(request: Request, d_rounded: Tensor, d_gain: Tensor, needs_value: bool) -> list[Tensor]:
     """Gradients of value, rows, columns, low, high, direction; empty where there is none."""
+    value, rows, columns, low, high, direction = request[:6]
     (height, width), groups = value.shape, low.shape[1]
-    size = width // groups
-    R, G, chunk, warps = _plan(height, size, groups)
+    (R, G, chunk, warps), constants = _plan(request), _constants(request)
     chunks = triton.cdiv(height, chunk)
-
-    def empty(*shape: int, there: bool = True) -> Tensor:
-        return low.new_empty(shape if there else (0,))
-
-    d_value = empty(height, width, there=needs_value)
-    d_rows = empty(height, groups, there=rows is not None)
-    d_columns = empty(chunks, width, there=columns is not None)
-    d_direction = empty(chunks, width, there=direction is not None)
+    d_value = low.new_empty((height, width) if needs_value else (0,))
+    d_rows = low.new_empty((0,) if rows is None else (height, groups))
+    d_columns = low.new_empty((0,) if columns is None else (chunks, width))
+    d_direction = low.new_empty((0,) if direction is None else (chunks, width))
     d_low, d_high = torch.empty_like(low), torch.empty_like(high)
-    fake_quantize_bwd_kernel[(chunks, groups)](
+    _fake_quantize_bwd_kernel[(chunks, groups)](
         value, rows, columns, low, high, direction, d_rounded.contiguous(), d_gain.contiguous(),
         d_value, d_rows, d_columns, d_low, d_high, d_direction,
-        height, width, size, groups, chunk,
-        LEVELS=levels, SYMMETRIC=symmetric, STORAGE=_STORAGE[storage], TINY=torch.finfo(storage).smallest_normal,
-        HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HAS_DIRECTION=direction is not None,
-        ROUNDING_ONLY=rounding_only, NEEDS_VALUE=needs_value, R=R, G=G, num_warps=warps,
+        height, width, width // groups, groups, chunk,
+        NEEDS_VALUE=needs_value, R=R, G=G, num_warps=warps, **constants,
     )  # fmt: skip
-    return (
-        d_value,
-        d_rows.sum(1) if rows is not None else d_rows,
-        d_columns.sum(0) if columns is not None else d_columns,
-        d_low,
-        d_high,
-        d_direction.sum(0) if direction is not None else d_direction,
-    )
+    d_rows = d_rows if rows is None else d_rows.sum(1)
+    d_columns = d_columns if columns is None else d_columns.sum(0)
+    return [d_value, d_rows, d_columns, d_low, d_high, d_direction if direction is None else d_direction.sum(0)]
+
+
+def _plan(request: Request) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, rows of a program, warps."""
+    groups = request.low.shape[1]
+    columns = triton.next_power_of_2(request.value.shape[1] // groups)
+    rows = max(1, _TILE // columns)
+    return rows, columns, max(rows, _CHUNK if groups == 1 else 64), 8 if columns <= _TILE else 16
+
+
+def _constants(request: Request) -> dict[str, object]:
+    """What a kernel is compiled for."""
+    return {
+        "LEVELS": request.grid.levels,
+        "SYMMETRIC": request.grid.symmetric,
+        "STORAGE": _STORAGE[request.storage],
+        "TINY": torch.finfo(request.storage).smallest_normal,
+        "HAS_ROWS": request.rows is not None,
+        "HAS_COLUMNS": request.columns is not None,
+        "HAS_DIRECTION": request.direction is not None,
+        "ROUNDING_ONLY": request.rounding_only,
+    }
