@@ -1,6 +1,7 @@
 """Invertible maps that fold into the weights around a site."""
 
 from aq_lightning.transforms.affine import Affine as Affine
+from aq_lightning.transforms.affine import Schedule as Schedule
 from aq_lightning.transforms.base import Factor as Factor
 from aq_lightning.transforms.base import FactorFactory as FactorFactory
 from aq_lightning.transforms.base import Map as Map

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,28 @@ from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
 
+Schedule = Literal["exact", "paper", "none"]
+"""How the band widens: see :func:`band_width`."""
+
 _LEAST_DIAGONAL = 1e-3  # of matrices that start at the identity
 
 
-def band_width(epoch: int, epochs: int, size: int) -> int:
+def band_width(epoch: int, epochs: int, size: int, schedule: Schedule = "exact") -> int:
     """Off-diagonals open on each side in ``epoch`` (0 … epochs − 1): none at first, all ``size − 1`` at last.
 
-    One epoch opens all at once. Integer arithmetic, so that the corner entries open too (the reference's floating
-    point leaves them shut at size 4096 and 20 epochs).
+    One epoch opens all at once.
+
+    Args:
+        epoch, epochs, size: where the schedule stands, and the matrix's side.
+        schedule: ``exact``, ⌊(size − 1) epoch / (epochs − 1)⌋ in integer arithmetic; ``paper``, the same in the
+            floating point of the published code, which at some sizes (4096 in 20 epochs) never opens the corner
+            entries; ``none``, everything open from the first epoch on.
     """
-    return size - 1 if epochs <= 1 else (size - 1) * epoch // (epochs - 1)
+    if epochs <= 1 or schedule == "none":
+        return size - 1
+    if schedule == "paper":
+        return int((size - 1) / (epochs - 1) * epoch)
+    return (size - 1) * epoch // (epochs - 1)
 
 
 def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tensor:
@@ -62,11 +74,11 @@ class Affine(Factor):
     def initialize(self, statistics: SiteStatistics) -> None:
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
 
-    def open_band(self, epoch: int, epochs: int) -> bool:
+    def open_band(self, epoch: int, epochs: int, schedule: Schedule = "exact") -> bool:
         """Sets the mask of ``epoch`` (0 … epochs − 1), whose new entries start at 0; says whether it widened."""
-        width = band_width(epoch, epochs, self.shape.size)
+        width = band_width(epoch, epochs, self.shape.size, schedule)
         self.mask.copy_(gradual_mask(self.shape.size, width, self.stability, self.mask))
-        return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size)
+        return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size, schedule)
 
     @torch.no_grad()
     def project(self) -> None:

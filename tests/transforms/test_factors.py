@@ -67,6 +67,45 @@ def test_corners_open_where_floating_point_leaves_them_shut() -> None:
     assert int((4096 - 1) / (20 - 1) * 19) < 4095 == band_width(19, 20, 4096)
 
 
+def published_mask(heads: int, size: int, epoch: int, epochs: int, stability: float) -> Tensor:
+    """The published code's band on the diagonal blocks of (heads · size, heads · size), entry by entry."""
+    opened = int((heads * size / heads - 1) / (epochs - 1) * epoch) + 1
+    mask = torch.zeros(heads * size, heads * size, dtype=torch.float64)
+    for i in range(heads * size):
+        for j in range(heads * size):
+            if i == j:
+                mask[i, j] = 1.0
+            elif i // size == j // size and abs(i - j) < opened:
+                mask[i, j] = stability
+    return mask
+
+
+@pytest.mark.parametrize("heads, size", [(1, 60), (4, 15), (6, 10)])
+def test_paper_schedule_is_the_published_formula(heads: int, size: int) -> None:
+    """Over the hidden size and per head, at every epoch."""
+    affine = Affine(SiteShape(heads, size), 0.1)
+    for epochs in range(2, 24):
+        for epoch in range(epochs):
+            affine.open_band(epoch, epochs, "paper")
+            expected = published_mask(heads, size, epoch, epochs, 0.1)
+            assert torch.equal(torch.block_diag(*[affine.mask] * heads), expected)
+
+
+def test_paper_schedule_leaves_corners_shut_where_the_published_code_does() -> None:
+    sizes = [(size, epochs) for size in (64, 128, 576, 768, 2048, 4096, 5120) for epochs in range(2, 41)]
+    shut = 0
+    for size, epochs in sizes:
+        for epoch in range(epochs):
+            assert band_width(epoch, epochs, size, "paper") == int((size - 1) / (epochs - 1) * epoch)
+        shut += band_width(epochs - 1, epochs, size, "paper") < size - 1
+    assert band_width(19, 20, 4096, "paper") == 4094 and shut > 1
+
+
+@given(st.integers(1, 9), st.integers(1, 40))
+def test_without_a_schedule_all_is_open_at_once(epochs: int, size: int) -> None:
+    assert {band_width(epoch, epochs, size, "none") for epoch in range(epochs)} == {size - 1}
+
+
 def test_affine_is_its_masked_matrix() -> None:
     factor = scrambled(Affine)
     factor.open_band(1, 3)  # width 2 of 5
