@@ -12,11 +12,13 @@ from aq_lightning.errors import RequestError
 
 
 class ConditionNumber(Callback):
-    """Logs ``condition/<site>`` and ``margin/<site>`` at the end of each epoch; warns of and stops ill-conditioning.
+    """Logs how invertible the transforms of each site are at the end of each epoch; warns of ill ones and stops worse.
 
-    The condition number bounds how much an activation's rounding error can grow on its way through ``A⁻¹`` and back.
-    The margin is how far the least dominant row of an affine matrix is from losing its dominance: 1 for a diagonal
-    matrix, above 0 while Levy–Desplanques guarantees an inverse.
+    ``condition/<site>`` is the true condition number, in float64: it bounds how much an activation's rounding error can
+    grow on its way through ``A⁻¹`` and back. For affine matrices there are also ``margin/<site>``, how far the least
+    dominant row is from losing its dominance (1 for a diagonal matrix, above 0 while Levy–Desplanques guarantees an
+    inverse), and over all steps of the epoch ``bound/<site>``, Varah's bound on the condition number in the ∞-norm,
+    and ``residual/<site>``, ``‖I − A A⁻¹‖∞`` of the inverses that were used.
 
     Args:
         warn_above: condition number from which a warning names block and site.
@@ -36,7 +38,7 @@ class ConditionNumber(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
         conditions = pl_module.conditions()
         pl_module.log_dict({f"condition/{site}": value for site, value in conditions.items()}, logger=False)
-        pl_module.log_dict({f"margin/{site}": value for site, value in pl_module.margins().items()}, logger=False)
+        pl_module.log_dict(pl_module.invertibility(), logger=False)
         if pl_module.cause is not None:  # what is not finite has no condition
             return
         for site, value in conditions.items():

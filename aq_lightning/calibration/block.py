@@ -91,14 +91,22 @@ class BlockCalibration(LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
-        names = [name for name, _ in self._trained()]
-        index = self.position.index
-        self.watch = Watch([Quantity(index, "", "loss"), *(_quantity(name, index) for name in names)])
+        index, places = self.position.index, self._places()
+        inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
+        parameters = [_quantity(name, index) for name, _ in self._trained()]
+        self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters])
+
+    def on_train_epoch_start(self) -> None:
+        for matrix in self.matrices():
+            matrix.residual.zero_()
+            matrix.worst_bound.zero_()
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:
         for matrix in self.matrices():
             matrix.project()
-        self.watch.update([outputs["loss"], *torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])])
+            matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
+        norms = torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])
+        self.watch.update([*(matrix.residual for matrix in self.matrices()), outputs["loss"], *norms])
         if self.trainer.is_last_batch:
             self._judge()
 
@@ -116,15 +124,27 @@ class BlockCalibration(LightningModule):
         self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
+        for matrix in self.matrices():
+            matrix.doubt()
         if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
             self.sound = [*self.sound[:1], self.state()]
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, each) for name, each in self.blocks.named_parameters() if each.requires_grad]
 
+    def _places(self) -> list[tuple[int, str, Affine]]:
+        """Block of the window, site and matrix, for every affine matrix."""
+        return [
+            (index, site, part)
+            for index, block in enumerate(self.blocks)
+            for site, transform in block.transforms.items()
+            for part in transform.factors
+            if isinstance(part, Affine)
+        ]
+
     def matrices(self) -> list[Affine]:
         """Every affine matrix of the window."""
-        return [part for block in self.blocks for part in block.transforms.modules() if isinstance(part, Affine)]
+        return [matrix for _, _, matrix in self._places()]
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
@@ -152,17 +172,18 @@ class BlockCalibration(LightningModule):
             for site in sorted(sites)
         }
 
-    def margins(self) -> dict[str, float]:
-        """How far the affine matrices of each site are from losing their dominance, the least over the blocks."""
-        return self._of_matrices(Affine.margin, min)
+    def invertibility(self) -> dict[str, float]:
+        """What is known of the affine matrices of each site, the worst over the blocks of the window.
 
-    def _of_matrices(self, measure: Callable[[Affine], Tensor], worst: Callable) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for block in self.blocks:
-            for site, transform in block.transforms.items():
-                parts = [part for part in transform.factors if isinstance(part, Affine)]
-                found.setdefault(site, []).extend(float(measure(part)) for part in parts)
-        return {site: worst(values) for site, values in found.items() if values}
+        ``margin/<site>``, now: how far the least dominant row is from losing its dominance. ``bound/<site>`` and
+        ``residual/<site>``, over all steps of the epoch: Varah's bound on the condition number, and ``‖I − A A⁻¹‖∞``.
+        """
+        worst: dict[str, float] = {}
+        for _, site, matrix in self._places():
+            worst[f"margin/{site}"] = min(float(matrix.margin()), worst.get(f"margin/{site}", math.inf))
+            for name, value in (("bound", matrix.worst_bound), ("residual", matrix.residual)):
+                worst[f"{name}/{site}"] = max(float(value), worst.get(f"{name}/{site}", -math.inf))
+        return worst
 
     def trained(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""

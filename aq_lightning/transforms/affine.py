@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.inverse import TOLERANCE, Method, inverse
 
 Schedule = Literal["exact", "paper", "none"]
 """How the band widens: see :func:`band_width`."""
@@ -54,22 +55,32 @@ class Affine(Factor):
         shape: blocks (key-value heads) and channels of each.
         stability: factor on the off-diagonals (the paper's α, its code's ``sf``), in (0, 1].
         dominance: greatest ratio of a row's off-diagonals, summed in absolute value, to its diagonal, in (0, 1);
-            None leaves the matrix free, as the paper's code does.
+            None leaves the matrix free, as the paper's code does, and inverts it with pivoting.
+        inverse: how it is inverted in training: see :func:`aq_lightning.transforms.inverse.inverse`.
     """
 
     group: ClassVar[Group] = Group.HEAD
 
-    def __init__(self, shape: SiteShape, stability: float = 0.1, dominance: float | None = 0.9) -> None:
+    def __init__(
+        self, shape: SiteShape, stability: float = 0.1, dominance: float | None = 0.9, inverse: Method = "lu"
+    ) -> None:
         super().__init__()
         if not 0 < stability <= 1:
             raise RequestError(f"Affine.stability lies in (0, 1], got {stability}: 0.1 is the paper's for heads.")
         if dominance is not None and not 0 < dominance < 1:
             raise RequestError(f"Affine.dominance lies in (0, 1), got {dominance}: use 0.9, or null for none.")
+        if inverse not in get_args(Method):
+            raise RequestError(f"Affine.inverse is lu, newton or pivoted, got {inverse!r}: lu is the fastest.")
         self.shape = shape
         self.dominance = dominance
         self.stability = stability
+        self.method = inverse if dominance is not None else "pivoted"
         self.matrix = nn.Parameter(torch.eye(shape.size, dtype=torch.float64).repeat(shape.blocks, 1, 1))
         self.register_buffer("mask", gradual_mask(shape.size, 0, stability, self.matrix))  # (size, size)
+        last = self.matrix.detach().clone() if self.method == "newton" else None  # (blocks, size, size): an inverse
+        self.register_buffer("last", last, persistent=False)
+        for worst in ("residual", "worst_bound"):  # of inverse and bound, since they were zeroed
+            self.register_buffer(worst, self.matrix.new_zeros(()), persistent=False)
 
     def initialize(self, statistics: SiteStatistics) -> None:
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
@@ -103,15 +114,40 @@ class Affine(Factor):
         diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
         return (1 - (matrix.abs().sum(-1) - diagonal) / diagonal).min()
 
+    def bound(self) -> Tensor:
+        """Varah's bound on the condition number in the ∞-norm, infinite without dominance; float64 scalar.
+
+        ``‖A‖∞ ‖A⁻¹‖∞ ≤ max Σ|row| / min(|diagonal| − Σ|off-diagonals|)`` (Varah 1975), the worst block.
+        """
+        matrix = self.effective().detach()
+        sums = matrix.abs().sum(-1)  # (blocks, size)
+        gaps = 2 * matrix.diagonal(dim1=-2, dim2=-1).abs() - sums  # (blocks, size)
+        return (sums.amax(-1) / gaps.amin(-1).clamp(min=0)).max()
+
     def effective(self) -> Tensor:
         """``A ⊙ mask``, float64 (blocks, size, size)."""
         return self.matrix * self.mask
 
     def forward(self, dtype: torch.dtype) -> Map:
         matrix = self.effective()
-        inverse = torch.linalg.inv_ex(matrix).inverse.to(dtype)  # inv_ex: no host synchronization
+        inverted = self._inverse(matrix).to(dtype)
         transposed = matrix.mT.to(dtype)
-        return Map(lambda x: self._times(x, inverse), lambda w: self._times(w, transposed))
+        return Map(lambda x: self._times(x, inverted), lambda w: self._times(w, transposed))
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
+        """(blocks, size, size). In training the residual is kept, and on a GPU not looked at: see :meth:`doubt`."""
+        if not torch.is_grad_enabled():
+            return inverse(matrix, "lu" if self.method == "newton" else self.method)[0]
+        found, residual = inverse(matrix, self.method, self.last, wait=not matrix.is_cuda)
+        self.residual.copy_(torch.maximum(self.residual, residual.detach()))
+        if self.last is not None:
+            self.last.copy_(found.detach())
+        return found
+
+    def doubt(self) -> None:
+        """Turns to pivoting for good if the inverse was ever out of tolerance."""
+        if not float(self.residual) <= TOLERANCE:
+            self.method = "pivoted"
 
     def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
         """(…, blocks · group · size) times each block's (size, size)."""
