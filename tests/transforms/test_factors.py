@@ -301,6 +301,44 @@ def test_projection_keeps_rows_dominant(size, blocks, scale, stability, dominanc
     assert_close("projection of a projection", twice, affine.effective().detach(), 1e-15)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    blocks=st.integers(1, 4),
+    size=st.integers(1, 17),
+    group=st.integers(1, 3),
+    plan=st.integers(1, 7).flatmap(lambda epochs: st.tuples(st.integers(0, epochs - 1), st.just(epochs))),
+    schedule=st.sampled_from(["exact", "paper", "none"]),
+    stability=st.sampled_from([1.0, 0.1, 1e-3]),
+    method=st.sampled_from(["lu", "newton", "pivoted"]),
+)
+def test_any_mask_on_any_heads_leaves_an_exact_map(blocks, size, group, plan, schedule, stability, method) -> None:
+    """After a wild step and the projection: nothing beyond the band, both directions exact, the bounds true."""
+    affine = Affine(SiteShape(blocks, size), stability, inverse=method)
+    affine.open_band(*plan, schedule)
+    with torch.no_grad():
+        affine.matrix += torch.randn_like(affine.matrix)
+    affine.project()
+    matrix, width = affine.effective().detach(), band_width(*plan, size, schedule)
+    index = torch.arange(size)
+    assert not matrix[:, (index[:, None] - index).abs() > width].any()
+    full = torch.block_diag(*(each for each in matrix for _ in range(group)))
+    x = torch.randn(3, blocks * group * size, dtype=torch.float64)
+    both = affine(torch.float64)
+    assert_close("x A⁻¹", x @ torch.linalg.inv(full), both.inverse(x), 1e-10)
+    assert_close("w Aᵀ", x @ full.mT, both.transpose(x), 1e-13)
+    condition = torch.linalg.cond(matrix, float("inf")).max()
+    assert float(condition) <= float(affine.bound()) * (1 + 1e-9) < float("inf")
+    assert float(affine.residual) <= 1e-9 and (width == 0) == (float(affine.margin()) == 1)
+
+
+def test_without_dominance_there_is_no_bound() -> None:
+    affine = Affine(SiteShape(2, 3), 1.0, None)
+    affine.open_band(0, 1)
+    assert float(affine.bound()) == 1
+    affine.matrix.data[1, 0] = torch.tensor([1.0, 1.0, 0.5])
+    assert float(affine.bound()) == float("inf")
+
+
 def test_without_dominance_nothing_is_projected() -> None:
     affine = Affine(SiteShape(2, 8), 1.0, None)
     affine.open_band(0, 1)
