@@ -118,7 +118,7 @@ class CommandLine(LightningCLI):
             kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
             print(f"training did not help, so these blocks were left as named: {kept}")
         for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
-            print(f"stopped and tried again with more caution: {cause}")
+            print(f"an attempt was stopped, {cause}")
         print(f"checkpoint: {run.checkpoint}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:

@@ -328,6 +328,6 @@ def test_divergence_ends_in_a_fallback_not_in_a_crash(
     said = capsys.readouterr().out
     assert f"training did not help, so these blocks were left as named: {', '.join(kept)}" in said
     stopped = [cause for block in metrics(run) for cause in block["causes"]]
-    assert said.count("stopped and tried again") == len(stopped) and bool(stopped) == (rates[0] == "1e6")
+    assert said.count("an attempt was stopped, ") == len(stopped) and bool(stopped) == (rates[0] == "1e6")
     assert all(f"{Cause(**cause)}" in said for cause in stopped)
     assert all(block["attempts"] == min(len(block["causes"]) + 1, 3) for block in metrics(run))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
-from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.base import Factor, Map, SiteStatistics, condition_number
 from aq_lightning.transforms.inverse import TOLERANCE, Method, inverse
 
 Schedule = Literal["exact", "paper", "none"]
@@ -154,7 +154,4 @@ class Affine(Factor):
         return self.shape.join(torch.einsum("...bgs,bst->...bgt", self.shape.split(x), matrix))
 
     def condition(self) -> Tensor:
-        matrix = self.effective().detach()
-        if not bool(torch.isfinite(matrix).all()):
-            return matrix.new_tensor(float("inf"))
-        return torch.linalg.cond(matrix).max()
+        return condition_number(self.effective().detach())

@@ -58,6 +58,8 @@ class Factor(nn.Module, ABC):
 
     group: ClassVar[Group]
     """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
+    shape: SiteShape
+    """Channels of its site, the same for all factors there."""
 
     @abstractmethod
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -104,11 +106,29 @@ class Transform(nn.Module):
         return Map(inverse, transpose, maps[0].shift if maps else None)
 
     def condition(self) -> Tensor:
-        """Bound on the condition number of the product: the product of the factors' own; float64 scalar."""
-        product = torch.ones((), dtype=torch.float64)
-        for factor in self.factors:
-            product = product * factor.condition().cpu()
-        return product
+        """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best."""
+        mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
+        if len(mixing) == 1:
+            return mixing[0].condition()
+        if not mixing:
+            return torch.ones((), dtype=torch.float64)
+        return condition_number(self.explicit())
+
+    @torch.no_grad()
+    def explicit(self) -> Tensor:
+        """``A₁ A₂ …`` itself, float64 (blocks, size, size)."""
+        shape = self.factors[0].shape
+        device = next(self.parameters()).device
+        unit = torch.eye(shape.size, dtype=torch.float64, device=device)  # one row of each block at a time
+        columns = self(torch.float64).transpose(unit.repeat(1, shape.blocks))  # I Aᵀ, (size, blocks · size)
+        return shape.split(columns)[:, :, 0].permute(1, 2, 0)
+
+
+def condition_number(matrix: Tensor) -> Tensor:
+    """The worst of (…, size, size) in the spectral norm; infinite if anything is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return matrix.new_tensor(float("inf"))
+    return torch.linalg.cond(matrix).max()
 
 
 FactorFactory = Callable[[SiteShape], Factor]

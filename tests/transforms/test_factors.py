@@ -147,12 +147,18 @@ def test_condition_number(kind: type[Factor]) -> None:
     assert float(factor.condition()) == pytest.approx(worst, rel=1e-10) and worst > 1.1
 
 
-def test_condition_of_a_product_is_bounded() -> None:
-    factors = [scrambled(Diagonal), scrambled(Affine)]
-    product = Transform(factors)
-    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).detach()
-    exact = max(float(torch.linalg.cond(block)) for block in blocks_of(matrix))
-    assert exact <= float(product.condition()) == pytest.approx(float(factors[0].condition() * factors[1].condition()))
+@pytest.mark.parametrize(
+    "kinds", [(Shift,), (Shift, Diagonal), (Diagonal, Affine), (Shift, RopePair, Affine, Diagonal)]
+)
+def test_condition_of_a_product_is_the_true_one(kinds: tuple[type[Factor], ...]) -> None:
+    product = Transform([scrambled(kind) for kind in kinds])
+    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).mT.detach()
+    blocks = blocks_of(matrix)
+    assert_close("A", torch.stack(blocks), product.explicit(), 1e-14)
+    exact = max(float(torch.linalg.cond(block)) for block in blocks)
+    assert float(product.condition()) == pytest.approx(exact, rel=1e-10)
+    next(product.factors[-1].parameters()).data.flatten()[0] = torch.nan
+    assert kinds == (Shift,) or not float(product.condition()) <= 1e300
 
 
 def test_factors_act_on_activations_in_the_order_given() -> None:
