@@ -68,7 +68,7 @@ def cells(schemes: list[str], stabilities: list[float]) -> list[Cell]:
 def configuration(cell: Cell) -> dict[str, object]:
     """configs/affinequant.yaml with the cell's changes."""
     config = yaml.safe_load((ROOT / "configs" / "affinequant.yaml").read_text())
-    config["model"]["scheme"] = cell.scheme
+    config["model"] |= {"scheme": cell.scheme, "diagonal_guard": False}
     callbacks = {each["class_path"]: each for each in config["trainer"]["callbacks"]}
     if cell.mask == "diagonal":
         del callbacks[SCHEDULE]

@@ -70,7 +70,6 @@ def fit(
         trainer: makes a fresh Trainer.
         loader: makes the batches of the data.
     """
-
     return _Fitting(live, position, activations, data, trainer, loader).best()
 
 
