@@ -208,6 +208,8 @@ def main() -> None:
                 found.append(row)
                 report.write_text(json.dumps(found, indent=2))
                 print(f"{cell.name}: {figure(row['perplexity'])}", flush=True)
+            pool.close()
+            pool.join()
         except multiprocessing.TimeoutError:
             print(f"stopped after {given.minutes:g} minutes; the same command goes on with what is left", flush=True)
     print(table(found, every))
