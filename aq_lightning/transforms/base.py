@@ -59,7 +59,7 @@ class Factor(nn.Module, ABC):
     group: ClassVar[Group]
     """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
     shape: SiteShape
-    """Channels of its site, the same for all factors there."""
+    """Blocks of channels that it mixes."""
 
     @abstractmethod
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -106,17 +106,21 @@ class Transform(nn.Module):
         return Map(inverse, transpose, maps[0].shift if maps else None)
 
     def condition(self) -> Tensor:
-        """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best."""
+        """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best.
+
+        Of factors whose blocks differ it is the product of their own, a bound.
+        """
         mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
-        if len(mixing) == 1:
-            return mixing[0].condition()
-        if not mixing:
-            return torch.ones((), dtype=torch.float64)
-        return condition_number(self.explicit())
+        if len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
+            return condition_number(self.explicit())
+        product = torch.ones((), dtype=torch.float64)
+        for factor in mixing:
+            product = product * factor.condition().cpu()
+        return product
 
     @torch.no_grad()
     def explicit(self) -> Tensor:
-        """``A₁ A₂ …`` itself, float64 (blocks, size, size)."""
+        """``A₁ A₂ …`` itself, of factors whose blocks are the same; float64 (blocks, size, size)."""
         shape = self.factors[0].shape
         device = next(self.parameters()).device
         unit = torch.eye(shape.size, dtype=torch.float64, device=device)  # one row of each block at a time

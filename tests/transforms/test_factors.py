@@ -161,6 +161,14 @@ def test_condition_of_a_product_is_the_true_one(kinds: tuple[type[Factor], ...])
     assert kinds == (Shift,) or not float(product.condition()) <= 1e300
 
 
+def test_condition_of_factors_of_other_blocks_is_bounded() -> None:
+    product = Transform([scrambled(Diagonal, SiteShape(1, 12)), scrambled(Affine)])
+    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).mT.detach()
+    bound = float(product.condition())
+    assert max(float(torch.linalg.cond(block)) for block in blocks_of(matrix)) < bound
+    assert bound == pytest.approx(float(product.factors[0].condition() * product.factors[1].condition()))
+
+
 def test_factors_act_on_activations_in_the_order_given() -> None:
     first, second = scrambled(Diagonal), scrambled(Affine)
     x = torch.randn(3, 12, dtype=torch.float64)
