@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, adapt, attach
+from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.doctor import examine
@@ -126,6 +126,8 @@ class CommandLine(LightningCLI):
         if blocks:
             kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
             print(f"training did not help, so these blocks were left as named: {kept}")
+        for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
+            print(f"an attempt was stopped, {cause}")
         print(f"checkpoint: {run.checkpoint}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:

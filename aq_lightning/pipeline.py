@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def calibrate(
         "block": position.index,
         "outcome": result.outcome,
         "attempts": result.attempts,
+        "causes": [cause.as_dict() for cause in result.causes],
+        "candidates": {outcome: loss for outcome, loss in result.losses.items() if math.isfinite(loss)},
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
         "loss": live.loss(live.blocks, inputs, target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +17,12 @@ from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.streams import Arguments
+from aq_lightning.calibration.watch import Cause, Quantity, Watch
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
+
+State = dict[str, Tensor]
+"""Parameters and masks of a window's transforms and quantizers, by name."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class BlockCalibration(LightningModule):
         arguments: other arguments of each block, on the training device.
         recipe: objective, optimizer and step sizes.
         position: where the window stands in the run.
-        slowdown: factor on every step size, for another attempt after one that diverged.
+        slowdown: factor on every step size, for another attempt after one that was stopped.
+        opening: factor on the stability factor of every affine matrix; 0 keeps them diagonal.
+        ceiling: an epoch whose mean loss is greater has diverged.
     """
 
     def __init__(
@@ -50,11 +57,18 @@ class BlockCalibration(LightningModule):
         recipe: Recipe,
         position: Position,
         slowdown: float = 1.0,
+        opening: float = 1.0,
+        ceiling: float = math.inf,
     ) -> None:
         super().__init__()
         self.slowdown = slowdown
-        self.first_epoch: dict[str, Tensor] = {}
+        self.opening = opening
+        self.ceiling = ceiling
+        self.cause: Cause | None = None
+        self.sound: list[State] = []
         self.blocks = nn.ModuleList(blocks)
+        for matrix in self.matrices():
+            matrix.stability *= opening
         self.arguments = arguments
         self.recipe = recipe
         self.position = position
@@ -76,19 +90,61 @@ class BlockCalibration(LightningModule):
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+    def on_fit_start(self) -> None:
+        index, places = self.position.index, self._places()
+        inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
+        parameters = [_quantity(name, index) for name, _ in self._trained()]
+        self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters])
+
+    def on_train_epoch_start(self) -> None:
+        for matrix in self.matrices():
+            matrix.residual.zero_()
+            matrix.worst_bound.zero_()
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:
         for matrix in self.matrices():
             matrix.project()
+            matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
+        norms = torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])
+        self.watch.update([*(matrix.residual for matrix in self.matrices()), outputs["loss"], *norms])
+        if self.trainer.is_last_batch:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Stops an epoch that nothing good comes back from: callbacks and the next attempt find out why."""
+        culprit, loss = self.watch.first(), float(self.loss.compute())
+        if culprit is not None:
+            self.stop(Cause(culprit.block, culprit.site, culprit.what, None, self.current_epoch))
+        elif not loss <= self.ceiling:
+            self.stop(Cause(self.position.index, "", "loss", loss, self.current_epoch))
+
+    def stop(self, cause: Cause) -> None:
+        """Ends the training with this epoch, which does not count as sound; the first cause stays."""
+        self.cause = self.cause or cause
+        self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
-        if self.current_epoch == 0:  # only the diagonals of affine matrices are open yet
-            self.first_epoch = {name: tensor.clone() for name, tensor in self.own().items()}
-        if not torch.isfinite(self.loss.compute()):
-            self.trainer.should_stop = True  # nothing finite comes back from here: the next attempt is slower
+        for matrix in self.matrices():
+            matrix.doubt()
+        if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
+            self.sound = [*self.sound[:1], self.state()]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, each) for name, each in self.blocks.named_parameters() if each.requires_grad]
+
+    def _places(self) -> list[tuple[int, str, Affine]]:
+        """Block of the window, site and matrix, for every affine matrix."""
+        return [
+            (index, site, part)
+            for index, block in enumerate(self.blocks)
+            for site, transform in block.transforms.items()
+            for part in transform.factors
+            if isinstance(part, Affine)
+        ]
 
     def matrices(self) -> list[Affine]:
         """Every affine matrix of the window."""
-        return [part for block in self.blocks for part in block.transforms.modules() if isinstance(part, Affine)]
+        return [matrix for _, _, matrix in self._places()]
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
@@ -106,7 +162,7 @@ class BlockCalibration(LightningModule):
 
     def trainable(self) -> bool:
         """Whether the recipe leaves anything to train."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+        return bool(self._trained())
 
     def conditions(self) -> dict[str, float]:
         """Condition number of each site's transform, the worst over the window's blocks."""
@@ -116,17 +172,40 @@ class BlockCalibration(LightningModule):
             for site in sorted(sites)
         }
 
+    def invertibility(self) -> dict[str, float]:
+        """What is known of the affine matrices of each site, the worst over the blocks of the window.
+
+        ``margin/<site>``, now: how far the least dominant row is from losing its dominance. ``bound/<site>`` and
+        ``residual/<site>``, over all steps of the epoch: Varah's bound on the condition number, and ``‖I − A A⁻¹‖∞``.
+        """
+        worst: dict[str, float] = {}
+        for _, site, matrix in self._places():
+            worst[f"margin/{site}"] = min(float(matrix.margin()), worst.get(f"margin/{site}", math.inf))
+            for name, value in (("bound", matrix.worst_bound), ("residual", matrix.residual)):
+                worst[f"{name}/{site}"] = max(float(value), worst.get(f"{name}/{site}", -math.inf))
+        return worst
+
     def trained(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""
         return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in self.own().items()}
 
-    def return_to_first_epoch(self) -> None:
-        """Undoes everything after the first epoch."""
-        self.blocks.load_state_dict(self.first_epoch, strict=False)
+    def state(self) -> State:
+        """A copy of :meth:`own`, to return to."""
+        return {name: tensor.clone() for name, tensor in self.own().items()}
 
-    def own(self) -> dict[str, Tensor]:
+    def return_to(self, state: State) -> None:
+        """Undoes everything since :meth:`state`."""
+        self.blocks.load_state_dict(state, strict=False)
+
+    def own(self) -> State:
         """Parameters and masks of transforms and quantizers, by name."""
         return {name: tensor for name, tensor in self.blocks.state_dict().items() if ".block." not in name}
+
+
+def _quantity(name: str, index: int) -> Quantity:
+    """What a parameter is called in reports, such as ``0.transforms.value_output.factors.1.matrix``."""
+    block, _, site, *rest = name.split(".")
+    return Quantity(index + int(block), site.replace("/", "."), rest[-1])
 
 
 def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:

@@ -1,6 +1,7 @@
 """Invertible maps at the sites of a block: most fold into the weights around them, some stay online."""
 
 from aq_lightning.transforms.affine import Affine as Affine
+from aq_lightning.transforms.affine import Schedule as Schedule
 from aq_lightning.transforms.base import Factor as Factor
 from aq_lightning.transforms.base import FactorFactory as FactorFactory
 from aq_lightning.transforms.base import Map as Map

@@ -65,6 +65,8 @@ class Factor(nn.Module, ABC):
 
     group: ClassVar[Group]
     """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
+    shape: SiteShape
+    """Blocks of channels that it mixes."""
     online: bool = False
     """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
 
@@ -122,11 +124,33 @@ class Transform(nn.Module):
         return [factor for factor in self.factors if factor.online]
 
     def condition(self) -> Tensor:
-        """Bound on the condition number of the product: the product of the factors' own; float64 scalar."""
+        """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best.
+
+        Of factors whose blocks differ it is the product of their own, a bound.
+        """
+        mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
+        if len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
+            return condition_number(self.explicit())
         product = torch.ones((), dtype=torch.float64)
-        for factor in self.factors:
+        for factor in mixing:
             product = product * factor.condition().cpu()
         return product
+
+    @torch.no_grad()
+    def explicit(self) -> Tensor:
+        """``A₁ A₂ …`` itself, of factors whose blocks are the same; float64 (blocks, size, size)."""
+        shape = self.factors[0].shape
+        device = next(self.parameters()).device
+        unit = torch.eye(shape.size, dtype=torch.float64, device=device)  # one row of each block at a time
+        columns = self(torch.float64).transpose(unit.repeat(1, shape.blocks))  # I Aᵀ, (size, blocks · size)
+        return shape.split(columns)[:, :, 0].permute(1, 2, 0)
+
+
+def condition_number(matrix: Tensor) -> Tensor:
+    """The worst of (…, size, size) in the spectral norm; infinite if anything is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return matrix.new_tensor(float("inf"))
+    return torch.linalg.cond(matrix).max()
 
 
 def _chain(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
