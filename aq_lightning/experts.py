@@ -28,12 +28,22 @@ _HOOKS: WeakKeyDictionary[nn.Module, list[Hook]] = WeakKeyDictionary()
 
 def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Linears of all experts by name: parameters (experts, out, in)."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 3}
+    return {
+        name: parameter
+        for path, part in module.named_modules()
+        if _holds_experts(part)
+        for name, parameter in part.named_parameters(prefix=path, recurse=False)
+    }
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
     """The modules that hold experts."""
-    return [module.get_submodule(path) for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks(module))]
+    return [part for part in module.modules() if _holds_experts(part)]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether transformers runs it by the implementation that is named: then it notes there how the weights lie."""
+    return "has_gate" in vars(module)
 
 
 def run_here(config: PreTrainedConfig) -> None:
