@@ -23,7 +23,6 @@ Hook = Callable[[int, Tensor], Tensor]
 """(expert, activation (tokens, width)) → what the expert's last linear reads instead."""
 
 _NAME = "aq_lightning"
-_STACKS = ("gate_up_proj", "down_proj")
 _HOOKS: WeakKeyDictionary[nn.Module, list[Hook]] = WeakKeyDictionary()
 
 
@@ -31,14 +30,20 @@ def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """Linears of all experts by name: parameters (experts, out, in)."""
     return {
         name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.ndim == 3 and name.rpartition(".")[2] in _STACKS
+        for path, part in module.named_modules()
+        if _holds_experts(part)
+        for name, parameter in part.named_parameters(prefix=path, recurse=False)
     }
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
     """The modules that hold experts."""
-    return [module.get_submodule(path) for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks(module))]
+    return [part for part in module.modules() if _holds_experts(part)]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether transformers runs it by the implementation that is named: then it notes there how the weights lie."""
+    return "has_gate" in vars(module)
 
 
 def weights_per_token(module: nn.Module) -> int:

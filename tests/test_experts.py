@@ -129,7 +129,15 @@ def test_experts_of_another_layout_are_refused(trait: str, value: bool) -> None:
 
 
 def test_dense_blocks_have_no_experts() -> None:
-    assert not experts_of(tiny("qwen3").blocks[0]) and not stacks(tiny("bloom").blocks[0])
+    """Nor is any other parameter of three dimensions one of theirs."""
+    block = tiny("qwen3").blocks[0]
+    block.mlp.up_proj.extra = nn.Parameter(torch.zeros(2, 3, 4))
+    assert not experts_of(block) and not stacks(block)
+    block = tiny("mixtral").blocks[0]
+    block.mlp.gate.extra = nn.Parameter(torch.zeros(2, 3, 4))
+    assert experts_of(block) == [block.mlp.experts] == experts_of(block.mlp.experts)
+    assert list(stacks(block)) == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert list(stacks(block.mlp.experts)) == ["gate_up_proj", "down_proj"]
 
 
 @torch.no_grad()

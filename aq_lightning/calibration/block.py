@@ -214,8 +214,14 @@ def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
 
 @cache
 def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
-    """One compiled function for the process: blocks of one shape share its code."""
-    return torch.compile(_answer)
+    """One compiled function for the process: blocks of one shape, and with hooks of one kind, share its code."""
+    compiled = torch.compile(_answer)
+
+    def answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # hooks quantize activations
+            return compiled(block, hidden, others)
+
+    return answer
 
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:
