@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -15,16 +16,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, adapt, switches
+from aq_lightning.calibration import RunDirectory, Stopping, adapt, attach
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
-from aq_lightning.doctor import examine
-from aq_lightning.errors import RequestError
+from aq_lightning.disk import DiskUse, check_space, disk_use
+from aq_lightning.errors import Interrupted, RequestError
 from aq_lightning.evaluation import Row, render
+from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import EMBEDDED, Pretrained, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import Pretrained, Source, load, load_config, load_tokenizer, locate, skeleton
 from aq_lightning.models.lookup import architecture_of, heads_of
-from aq_lightning.pipeline import Job, quantize
+from aq_lightning.pipeline import Guards, Job, quantize
+from aq_lightning.verbs import VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -54,7 +57,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={**_PARSER, "fit": _PARSER, "test": _PARSER},
+            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": _PARSER},
         )
 
     @staticmethod
@@ -65,6 +68,13 @@ class CommandLine(LightningCLI):
             "fit": {*internal, "train_dataloaders", "val_dataloaders"},
             "test": {*internal, "dataloaders", "verbose"},
         }
+
+    def init_parser(self, guards: bool = False, **options: object) -> LightningArgumentParser:
+        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too."""
+        parser = super().init_parser(**options)
+        if guards:
+            parser.add_class_arguments(Guards, as_group=False)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str | None, default=None, help="directory for everything that is written")
@@ -105,13 +115,12 @@ class CommandLine(LightningCLI):
                 "Gradients of a fused optimizer cannot be clipped under mixed precision: "
                 "add --model.optimizer.init_args.fused false."
             )
-        run = RunDirectory.check(Path(self._section.out), configuration)
-        if run.results is None:
-            _check(model, datamodule)
-            pretrained = load(model.pretrained, model.trust_remote_code)
-            run.create(configuration)
-            results = self._calibrate(pretrained, model, datamodule, run)
-            run.finish(results)
+        guards = Guards(self._section.resume, self._section.save_every, self._section.keep_streams)
+        run = RunDirectory.check(Path(self._section.out), configuration, guards.resume)
+        if run.results is not None:
+            print(f"{run.path} is finished: nothing is left to do.")
+        else:
+            self._calibrate(model, datamodule, run, guards)
         print(render([Row(**row) for row in run.results["rows"]]))
         blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
         if blocks:
@@ -132,11 +141,43 @@ class CommandLine(LightningCLI):
         print(render([row]))
 
     def _calibrate(
-        self, pretrained: Pretrained, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory
+        self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards
+    ) -> None:
+        """From the checks to the table."""
+        source, revision, use = _check(model, datamodule, guards)
+        windows = {"calibration": datamodule.calibration(), "evaluation": datamodule.evaluation()}
+        identity = fingerprint(source, revision, windows, self.trainer.strategy.root_device.type)
+        run.check_fingerprint(identity)
+        free = check_space(use, run.path)
+        pretrained = load(model.pretrained, model.trust_remote_code)
+        try:
+            with run.lock(), guards.stopping.listening():
+                print(f"{use}; {free / 1e9:.1f} GB are free", flush=True)
+                run.create(self._configuration(), identity)
+                for damaged in run.repair():
+                    print(f"damaged, and made again: {damaged}", flush=True)
+                run.finish(self._results(pretrained, model, datamodule, run, guards))
+        except OSError as error:
+            raise Interrupted(
+                f"stopped by a file that could not be written or read ({error}); what is finished is safe in "
+                f"{run.path}: free space or mend the place, and the same command goes on."
+            ) from error
+
+    def _results(
+        self,
+        pretrained: Pretrained,
+        model: QuantizedLanguageModel,
+        datamodule: TokenWindows,
+        run: RunDirectory,
+        guards: Guards,
     ) -> dict[str, object]:
         loggers = self._loggers(run.path)
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
-        rows = comparison.baselines(pretrained, model.recipe.scheme)
+
+        def baselines() -> dict[str, object]:
+            return {"rows": [row.as_dict() for row in comparison.baselines(pretrained, model.recipe.scheme)]}
+
+        rows = run.remembered("baselines", baselines)["rows"]
         job = Job(
             pretrained,
             model.recipe,
@@ -144,11 +185,12 @@ class CommandLine(LightningCLI):
             lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),
             self.trainer.strategy.root_device,
             datamodule.seed,
+            guards,
         )
         quantize(job, datamodule.calibration())
         method = Path(str(self._section.config[-1])).stem
-        rows.append(comparison.checkpoint(str(run.checkpoint), method))
-        return {"rows": [row.as_dict() for row in rows], "blocks": run.all_metrics()}
+        row = comparison.checkpoint(str(run.checkpoint), method)
+        return {"rows": [*rows, row.as_dict()], "blocks": run.all_metrics()}
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -170,33 +212,14 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand]
 
 
-def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
-    """Prints what folds at each site of a model and the measured float64 error of every transform, with random
-    parameters, on its first block.
-
-    Args:
-        model: directory with safetensors or GGUF, hub id, or ``embedded``.
-        trust_remote_code: whether code from the hub may run.
+def _check(
+    model: QuantizedLanguageModel, datamodule: TokenWindows, guards: Guards
+) -> tuple[Source, str | None, DiskUse]:
+    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked.
 
     Returns:
-        Exit code: 0 if every transform is exact, 1 otherwise.
-
-    Raises:
-        RequestError: the model or its architecture is not known.
+        The model's place, its revision on the hub, and the disk that the run takes.
     """
-    pretrained = load(model, trust_remote_code)
-    print(f"{pretrained.model.config.model_type}: {len(pretrained.blocks)} blocks, {pretrained.heads}")
-    findings = []
-    for finding in examine(pretrained):
-        print(finding, flush=True)
-        findings.append(finding)
-    wrong = [finding for finding in findings if not finding.exact and not finding.refusal]
-    print(f"{len(wrong)} of {len(findings)} are NOT EXACT" if wrong else "everything that folds is exact")
-    return 1 if wrong else 0
-
-
-def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
-    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked."""
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
     if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
@@ -205,17 +228,24 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
             "name the original."
         )
     architecture = architecture_of(config)
-    block = skeleton(config).get_submodule(architecture.blocks)[0]
+    shell = skeleton(config)
+    block, *others = shell.get_submodule(architecture.blocks)
     heads = heads_of(config, architecture)
     if model.adapt:
         folding, refusals = adapt(block, architecture, heads, model.recipe.transforms, model.recipe.scheme)
         model.recipe = replace(model.recipe, transforms=folding)
         for refusal in refusals:
             print(f"left out: {refusal}")
-    switches(block, architecture, heads, model.recipe)
+    recipe = model.recipe
+    attached = attach(
+        block, architecture, heads, recipe.transforms, recipe.weight_quantizer, recipe.scheme, torch.float32
+    )
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-    datamodule.calibration()
+    tokens = datamodule.calibration().numel()
     datamodule.evaluation()
+    stream = tokens * config.get_text_config().hidden_size if guards.keep_streams else 0
+    use = disk_use(shell, attached, 1 + len(others), recipe, stream)
+    return source, getattr(config, "_commit_hash", None), use
 
 
 def _quiet() -> None:
@@ -232,18 +262,18 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-_VERBS = {"doctor": doctor}
-"""Plain functions beside LightningCLI: they fit nothing, and ask only for what they use."""
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
+    """Entry point; a request that cannot be granted ends in one sentence and exit code 2, an interrupted run in one and
+    75 (``EX_TEMPFAIL``): the same command goes on."""
     _quiet()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
-        if verb in _VERBS:
-            sys.exit(auto_cli(_VERBS[verb], args=rest, prog=f"train.py {verb}"))
+        if verb in VERBS:
+            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}"))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)

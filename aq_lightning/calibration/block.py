@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.streams import Arguments
+from aq_lightning.durable import save_tensors
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
 
@@ -141,7 +141,7 @@ def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:
     """Writes ``transforms.safetensors``: what a window learnt, in float64."""
-    save_file(module.trained(), directory / "transforms.safetensors")
+    save_tensors(directory / "transforms.safetensors", module.trained())
 
 
 class Pairs(Dataset):
