@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, Stopping, adapt, attach
+from aq_lightning.calibration import RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import DiskUse, check_space, disk_use

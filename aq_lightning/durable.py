@@ -1,7 +1,7 @@
 """Files and directories that a killed process leaves whole or absent, and whose damage is found.
 
-A durable thing is written under a name ending in ``.partial`` beside its own, synced, renamed, and its directory synced.
-A JSON file carries the sha256 of its content; a sealed directory carries a ``manifest.json`` of that kind with the size
+A durable thing is written under a name ending in ``.partial`` beside its own, synced, renamed, and its directory synced
+in turn. A JSON file carries the sha256 of its content; a sealed directory carries a ``manifest.json`` of that kind with the size
 and sha256 of every file in it.
 """
 
@@ -141,6 +141,18 @@ def sealed(target: Path, notes: Mapping[str, Any] | None = None) -> Iterator[Pat
         seal(target, notes)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """A directory, under another name first so that it goes as a whole; or a file."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = partial_of(path)
+        if path.suffix != _PARTIAL:
+            remove(doomed)
+            path = path.rename(doomed)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def listing(directory: Path) -> dict[str, dict[str, int | str]]:

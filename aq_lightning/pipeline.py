@@ -13,7 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from aq_lightning.calibration import (
+    Inside,
     LiveWindow,
+    Pairs,
     Position,
     Ranges,
     Resume,
@@ -23,7 +25,6 @@ from aq_lightning.calibration import (
     capture,
     fit,
     observed,
-    pairs,
     peak_memory,
     reset_peak_memory,
     save_trained,
@@ -47,7 +48,7 @@ class Guards:
     save_every: int = 200
     """Optimizer steps between checkpoints inside a block; 0: only when the process is told to stop."""
     keep_streams: bool = True
-    """Whether the activations that enter the block at work are kept on the disk, or computed again when a run goes on."""
+    """Whether the activations that enter the block at work are kept on the disk, or computed anew when a run goes on."""
 
     stopping: Stopping = field(default_factory=Stopping, init=False)
     """What SIGTERM and SIGINT come to."""
@@ -142,13 +143,14 @@ def calibrate(
     began = time.monotonic()
     reset_peak_memory(job.device)
     scratch = job.journal.scratch(position.index)
+    inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
     result = fit(
         live,
         position,
         activations,
         (inputs, target),
-        trainer=lambda: job.trainer(scratch),
-        loader=lambda: pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
+        trainer=inside.attempts(position.index, lambda: job.trainer(scratch)),
+        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
     )
     if result.outcome != "trained":
         save_trained(result.module, scratch)

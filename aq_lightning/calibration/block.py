@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.durable import save_tensors
+from aq_lightning.errors import RequestError
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
 
@@ -59,6 +64,13 @@ class BlockCalibration(LightningModule):
         self.recipe = recipe
         self.position = position
         self.loss = MeanMetric(nan_strategy="disable")  # a NaN must show
+        self.loss.persistent(True)  # in checkpoints inside an epoch
+        self.strict_loading = False  # which leave the frozen blocks out
+        self.after_step: Callable[[BlockCalibration, int], None] | None = None
+        self.micro_batch: int | None = None
+        self._step_loss: Tensor | None = None
+        self._stopped = False
+        self._random: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
@@ -69,16 +81,83 @@ class BlockCalibration(LightningModule):
         return hidden
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss of a batch; of micro-batches, all but the last already have their gradients added."""
         hidden, target = batch  # each (batch, length, hidden)
-        dtype = next(self.blocks[0].block.parameters()).dtype
-        loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
-        self.loss.update(loss.detach())
+        size = self.micro_batch or len(hidden)
+        if self.micro_batch:
+            self.zero_grad()  # not between the parts
+        *parts, last = zip(hidden.split(size), target.split(size), strict=True)
+        self._step_loss = torch.zeros((), device=hidden.device)
+        for part in parts:
+            self.trainer.strategy.backward(self._share(*part, len(hidden)), None)
+        loss = self._share(*last, len(hidden))
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
+
+    def _share(self, hidden: Tensor, target: Tensor, batch: int) -> Tensor:
+        """What a part of a batch adds to its mean loss."""
+        dtype = next(self.blocks[0].block.parameters()).dtype
+        loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
+        loss = loss if len(hidden) == batch else loss * (len(hidden) / batch)
+        self._step_loss = self._step_loss + loss.detach()
+        return loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if not self.micro_batch:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """A step whose forward and backward pass are tried with ever smaller micro-batches until the memory is enough;
+        the batch, and so the mean loss, stays the same."""
+
+        def closure() -> Any:
+            while True:
+                with suppress(torch.OutOfMemoryError):
+                    return optimizer_closure()
+                self._halve()
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _halve(self) -> None:
+        size = self.micro_batch or self.recipe.batch_size
+        if size == 1 or self.trainer.accumulate_grad_batches > 1:
+            raise RequestError(
+                f"A window of text at a time must fit into the GPU's memory, got too little in block "
+                f"{self.position.index}: lower data.length, set --model.streams.place host"
+                f"{', or leave --trainer.accumulate_grad_batches at 1' if size > 1 else ''}."
+            )
+        self.micro_batch = (size + 1) // 2
+        self.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"block {self.position.index}: out of memory with {size} windows of text at once; going on with "
+            f"{self.micro_batch}, {self.recipe.batch_size} to a step as before.",
+            stacklevel=2,
+        )
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         for matrix in self.matrices():
             matrix.project()
+        self.loss.update(self._step_loss)
+        if self.after_step is not None:
+            self.after_step(self, batch_idx)
+
+    def on_train_start(self) -> None:
+        if self._random is not None:
+            restore_random_state(self._random)
+        self.trainer.should_stop = self._stopped
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {name: tensor for name, tensor in checkpoint["state_dict"].items() if ".block." not in name}
+        own = {"first_epoch": self.first_epoch, "micro_batch": self.micro_batch, "stopped": self.trainer.should_stop}
+        checkpoint |= {"state_dict": kept, "window": own, "random": random_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, self._random = checkpoint["window"], checkpoint["random"]
+        self.first_epoch, self.micro_batch, self._stopped = own["first_epoch"], own["micro_batch"], own["stopped"]
 
     def on_train_epoch_end(self) -> None:
         if self.current_epoch == 0:  # only the diagonals of affine matrices are open yet
@@ -135,31 +214,13 @@ def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
 
 @cache
 def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
-    """One compiled function for the process: blocks of one shape share its code."""
-    return torch.compile(_answer)
+    """One compiled function for the process: blocks of one shape share its code.
+
+    Every shape gets its own: code that serves several would depend on which came first, and its sums with it.
+    """
+    return torch.compile(_answer, dynamic=False)
 
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:
     """Writes ``transforms.safetensors``: what a window learnt, in float64."""
     save_tensors(directory / "transforms.safetensors", module.trained())
-
-
-class Pairs(Dataset):
-    """Inputs and targets of a window; a whole batch is taken by one indexing."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(indices, device=self.inputs.device)
-        return self.inputs[index], self.targets[index]
-
-
-def pairs(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled batches (inputs, targets), each (batch, length, hidden); the same seed gives the same order."""
-    data = Pairs(inputs, targets)
-    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(data, batch_size, sampler=sampler, collate_fn=lambda batch: batch)

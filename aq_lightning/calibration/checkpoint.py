@@ -6,7 +6,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from aq_lightning.durable import (
     manifest,
     partial_of,
     read_json,
+    remove,
     save_tensors,
     seal,
     sealed,
@@ -148,7 +148,7 @@ class RunDirectory:
             Names of what was damaged.
         """
         for scratch in [*self.path.glob("*.partial"), *self.path.glob("*/*.partial")]:
-            _remove(scratch)
+            remove(scratch)
         damaged = []
         self._manifests = {}
         for place in sorted(self.path.glob("blocks/[0-9]*[0-9]")):
@@ -157,10 +157,10 @@ class RunDirectory:
                 self._manifests[int(place.name)] = content
             else:
                 damaged.append(f"block {place.name}")
-                _remove(place)
+                remove(place)
         if self.checkpoint.exists() and not self.exported():
             damaged.append("checkpoint")
-            _remove(self.checkpoint)
+            remove(self.checkpoint)
         return damaged
 
     @property
@@ -187,7 +187,7 @@ class RunDirectory:
         save_tensors(scratch / _WEIGHTS, weights)
         write_text(scratch / _METRICS, json.dumps(metrics, indent=2))
         self._manifests[block] = seal(self._block(block), {"after": self._sum_before(block)})
-        _remove(self.inside)
+        remove(self.inside)
 
     def finished(self, block: int) -> bool:
         """Whether the window that starts at ``block`` is complete; all before it must be.
@@ -199,7 +199,7 @@ class RunDirectory:
             return False
         if content["after"] != self._sum_before(block):
             del self._manifests[block]
-            _remove(self._block(block))
+            remove(self._block(block))
         return block in self._manifests
 
     def weights(self, block: int) -> dict[str, Tensor]:
@@ -209,12 +209,12 @@ class RunDirectory:
     def keep(self, block: int, streams: Streams) -> None:
         """Keeps the streams that enter the window that starts at ``block``, instead of those kept before."""
         target = self._streams(block)
-        _remove(target)
+        remove(target)
         with sealed(target, {"after": self._sum_before(block)}) as partial:
             save_tensors(partial / _STREAMS, vars(streams))
         for other in self.path.glob("streams/*"):
             if other != target:
-                _remove(other)
+                remove(other)
 
     def kept(self, starts: Sequence[int]) -> tuple[int, Streams] | None:
         """The latest window, of those that start at ``starts``, whose entering streams are kept, and these, on the
@@ -260,7 +260,7 @@ class RunDirectory:
         """Writes the final table, and removes what was kept for going on."""
         write_json(self.path / _RESULTS, results)
         for scratch in (self.path / "streams", self.inside, self.path / _AT_WORK):
-            _remove(scratch)
+            remove(scratch)
 
     def _block(self, block: int) -> Path:
         return self.path / "blocks" / f"{block:04d}"
@@ -277,18 +277,6 @@ class RunDirectory:
 def _may_precede(entry: Path) -> bool:
     """Whether an entry of a directory may have been left by a process that was killed before its run began."""
     return entry.suffix == ".partial" or entry.name in (_LOCK, _FINGERPRINT)
-
-
-def _remove(path: Path) -> None:
-    """A directory, under another name first so that it goes as a whole; or a file."""
-    if path.is_dir() and not path.is_symlink():
-        doomed = partial_of(path)
-        if path.suffix != ".partial":
-            _remove(doomed)
-            path = path.rename(doomed)
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _changes(before: str, after: str) -> list[str]:

@@ -15,11 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class Stopping:
     """Turns the first SIGTERM or SIGINT into :class:`Interrupted`: raised at once, or where :meth:`deferred` is open,
-    by whoever looks at :attr:`requested`. A second signal is not waited for.
+    by whoever looks at :attr:`requested`. A second signal is not waited for. :attr:`heard` says whether signals come.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.heard = False
         self._deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -36,7 +37,7 @@ class Stopping:
         Raises:
             Interrupted: always.
         """
-        raise Interrupted(f"stopped by {self.requested}{where}; the same command goes on from there.")
+        raise Interrupted(f"stopped by {self.requested}{where}: the same command goes on from there.")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,9 +46,11 @@ class Stopping:
             yield
             return
         before = {each: signal.signal(each, self) for each in SIGNALS}
+        self.heard = True
         try:
             yield
         finally:
+            self.heard = False
             for each, handler in before.items():
                 signal.signal(each, handler)
 
