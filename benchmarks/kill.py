@@ -9,6 +9,7 @@ event (the n-th write, sync, rename or optimizer step, a write being cut in half
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -29,6 +30,8 @@ EVENTS = ("write", "fsync", "replace", "rename", "mkdir")
 """Functions of ``os`` whose calls are counted; optimizer steps are counted too."""
 TENSORS = ("checkpoint/*", "blocks/*/weights.safetensors", "blocks/*/transforms.safetensors")
 """Files of a run that must come out the same."""
+MEASURED = ("seconds", "peak_memory_bytes")
+"""What differs from run to run."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,13 @@ class Nursery:
 
 
 def digests(run: Path) -> dict[str, str]:
-    """File → sha256 of everything that must come out the same."""
+    """File → sha256 of everything that must come out the same, and block → its metrics without what is measured."""
     files = [path for pattern in TENSORS for path in run.glob(pattern) if path.is_file()]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    sums = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    results = json.loads((run / "results.json").read_text())
+    for block in results["blocks"]:
+        sums[f"block {block['block']}"] = str({k: v for k, v in block.items() if k not in MEASURED})
+    return {**sums, "table": str(results["rows"])}
 
 
 def kill_until_done(
@@ -112,13 +119,13 @@ def kill_until_done(
 
 
 def tiny_model(directory: Path) -> None:
-    """A random float16 LLaMA of 3 blocks with a tokenizer, and ``text.txt``."""
+    """A random float16 LLaMA of 2 blocks with a tokenizer, and ``text.txt``."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).half().save_pretrained(directory)
     words = {word: index for index, word in enumerate(["<unk>", *(f"word{number}" for number in range(95))])}
@@ -129,7 +136,7 @@ def tiny_model(directory: Path) -> None:
     (directory / "text.txt").write_text(" ".join(f"word{word}" for word in text))
 
 
-def tiny_fit(directory: Path, device: str = "cpu", *more: str) -> Callable[[Path], list[str]]:
+def tiny_fit(directory: Path, *more: str, device: str = "cpu") -> Callable[[Path], list[str]]:
     """``fit`` of :func:`tiny_model` with a checkpoint after every step."""
     fixed = ["fit", "--config", str(ROOT / "configs/affinequant.yaml"), "--model.pretrained", str(directory)]
     fixed += ["--model.scheme", "w3a16g32", "--model.cosine", "true", "--model.batch_size", "3"]
@@ -146,6 +153,8 @@ def _serve(log: Path) -> None:
     import callbacks  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # children collect their own garbage only
     for line in sys.stdin:
         order = json.loads(line)
         reading, writing = os.pipe()
@@ -163,6 +172,7 @@ def _serve(log: Path) -> None:
             events = len(pipe.read())
         life = Life(os.waitstatus_to_exitcode(status), events, time.monotonic() - began)
         print(json.dumps(vars(life)), flush=True)
+    os._exit(0)  # frozen objects would be reported as leaks
 
 
 def _live(order: dict, log: Path, pipe: int) -> None:
@@ -223,7 +233,7 @@ def _main() -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         tiny_model(directory / "model")
-        command = tiny_fit(directory / "model", options.device, "--keep_streams", options.keep_streams)
+        command = tiny_fit(directory / "model", "--keep_streams", options.keep_streams, device=options.device)
         counts: Counter[str] = Counter()
         with Nursery(directory / "log") as nursery:
             try:
