@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -203,7 +203,8 @@ class CommandLine(LightningCLI):
     def _configuration(self) -> str:
         """The resolved configuration, as YAML that replays the run."""
         section = self._section.clone()
-        del section["config"], section["out"]
+        for each in ("config", "out", *(field.name for field in fields(Guards) if field.init)):
+            del section[each]
         return self._parser(self.subcommand).dump(section, skip_none=False, skip_validation=True)
 
     @property
