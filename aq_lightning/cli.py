@@ -16,15 +16,24 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from aq_lightning.calibration import RunDirectory, adapt, attach
+from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import DiskUse, check_space, disk_use
 from aq_lightning.errors import Interrupted, RequestError
-from aq_lightning.evaluation import Row, render
+from aq_lightning.evaluation import Row, overhead_lines, render
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import Pretrained, Source, load, load_config, load_tokenizer, locate, skeleton
+from aq_lightning.models.loading import (
+    Pretrained,
+    Source,
+    load,
+    load_config,
+    load_tokenizer,
+    locate,
+    skeleton,
+    storage_of,
+)
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.verbs import VERBS
@@ -126,6 +135,8 @@ class CommandLine(LightningCLI):
         if blocks:
             kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
             print(f"training did not help, so these blocks were left as named: {kept}")
+        for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
+            print(f"an attempt was stopped, {cause}")
         print(f"checkpoint: {run.checkpoint}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
@@ -216,7 +227,8 @@ class CommandLine(LightningCLI):
 def _check(
     model: QuantizedLanguageModel, datamodule: TokenWindows, guards: Guards
 ) -> tuple[Source, str | None, DiskUse]:
-    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked.
+    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked, and
+    prints what it costs at run time.
 
     Returns:
         The model's place, its revision on the hub, and the disk that the run takes.
@@ -229,24 +241,27 @@ def _check(
             "name the original."
         )
     architecture = architecture_of(config)
-    shell = skeleton(config)
-    block, *others = shell.get_submodule(architecture.blocks)
+    shell, recipe = skeleton(config), model.recipe
+    blocks = shell.get_submodule(architecture.blocks)
+    block = blocks[0]
     heads = heads_of(config, architecture)
     if model.adapt:
-        folding, refusals = adapt(block, architecture, heads, model.recipe.transforms, model.recipe.scheme)
-        model.recipe = replace(model.recipe, transforms=folding)
+        folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
+        model.recipe = recipe = replace(recipe, transforms=folding)
         for refusal in refusals:
             print(f"left out: {refusal}")
-    recipe = model.recipe
-    attached = attach(
-        block, architecture, heads, recipe.transforms, recipe.weight_quantizer, recipe.scheme, torch.float32
-    )
+    storage = storage_of(source, config)
+    quantizer, scheme = recipe.weight_quantizer, recipe.scheme
+    attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    if architecture.experts and not scheme.weight.symmetric:
+        print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
     tokens = datamodule.calibration().numel()
     datamodule.evaluation()
+    for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
+        print(line)
     stream = tokens * config.get_text_config().hidden_size if guards.keep_streams else 0
-    use = disk_use(shell, attached, 1 + len(others), recipe, stream)
-    return source, getattr(config, "_commit_hash", None), use
+    return source, getattr(config, "_commit_hash", None), disk_use(shell, attached, len(blocks), recipe, stream)
 
 
 def _quiet() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aq_lightning.calibration import rounded_to_nearest
-from aq_lightning.evaluation import PerplexityTest, Row, effective_bits
+from aq_lightning.calibration.attach import weights
+from aq_lightning.evaluation import PerplexityTest, Row, effective_bits, overhead
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.loading import Pretrained
@@ -51,7 +52,8 @@ class Comparison:
             return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
         blocks = model.get_submodule(architecture_of(model.config).blocks)
         with quantized_activations(blocks, scheme.activation):
-            return Row(name, self._perplexity(model), effective_bits(read(Path(pretrained).expanduser())[1]))
+            bits = effective_bits(read(Path(pretrained).expanduser())[1])
+            return Row(name, self._perplexity(model), bits, overhead(blocks).percent)
 
     def _perplexity(self, model: nn.Module) -> float:
         """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""
@@ -67,17 +69,19 @@ class Comparison:
 def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) -> float:
     """Effective bits per weight of a grid on the blocks' linears, with the biases that they have."""
     shells: dict[str, QTensor | torch.Tensor] = {}
-    linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
-    for index, linear in enumerate(linears):
-        outputs, inputs = linear.weight.shape
-        shells[f"{index}.weight"] = QTensor(
-            torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"),
-            torch.empty(outputs, grid.groups(inputs), dtype=storage, device="meta"),
-            torch.empty(0, dtype=torch.uint8, device="meta"),
-            grid,
-        )
-        if linear.bias is not None:
-            shells[f"{index}.bias"] = torch.empty(outputs, dtype=storage, device="meta")
+    for index, block in enumerate(blocks):
+        parameters = dict(block.named_parameters())
+        for name, weight in weights(block).items():
+            outputs, inputs = weight.flatten(0, -2).shape
+            shells[f"{index}.{name}"] = QTensor(
+                torch.empty(outputs, inputs, dtype=torch.uint8, device="meta"),
+                torch.empty(outputs, grid.groups(inputs), dtype=storage, device="meta"),
+                torch.empty(0, dtype=torch.uint8, device="meta"),
+                grid,
+            )
+            bias = name.removesuffix("weight") + "bias"
+            if bias in parameters:
+                shells[f"{index}.{bias}"] = torch.empty(outputs, dtype=storage, device="meta")
     return effective_bits(shells)
 
 

@@ -41,6 +41,8 @@ class QuantizedLanguageModel(LightningModule):
             where it pays from the first block on.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
+        diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
+            the better kept; otherwise its first epoch stands for the diagonal solution.
         trust_remote_code: whether code from the hub may run.
     """
 
@@ -60,6 +62,7 @@ class QuantizedLanguageModel(LightningModule):
         streams: StreamStorage = StreamStorage(),
         compiled: bool | None = None,
         layout: Layout = "padded",
+        diagonal_guard: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -83,6 +86,7 @@ class QuantizedLanguageModel(LightningModule):
             streams=streams,
             compiled=compiled,
             layout=layout,
+            diagonal_guard=diagonal_guard,
         )
 
     def forward(self, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Guards:
     save_every: int = 200
     """Optimizer steps between checkpoints inside a block; 0: only when the process is told to stop."""
     keep_streams: bool = True
-    """Whether the activations that enter the block at work are kept on the disk, or computed anew when a run goes on."""
+    """Whether the activations that enter the block at work are kept on disk, or computed anew when a run goes on."""
 
     stopping: Stopping = field(default_factory=Stopping, init=False)
     """What SIGTERM and SIGINT come to."""
@@ -159,6 +160,8 @@ def calibrate(
         "block": position.index,
         "outcome": result.outcome,
         "attempts": result.attempts,
+        "causes": [cause.as_dict() for cause in result.causes],
+        "candidates": {outcome: loss for outcome, loss in result.losses.items() if math.isfinite(loss)},
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
         "loss": live.loss(live.blocks, inputs, target),

@@ -12,6 +12,7 @@ asymmetric :math:`s = (hi - lo) / (2^b - 1)`, :math:`z = \mathrm{round}(-lo / s)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,17 @@ class QTensor:
         codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(dtype)  # (out, groups, size)
         values = decode(codes, self.scale.to(dtype)[..., None], self.zero.to(dtype)[..., None])
         return values.flatten(1)  # (out, in)
+
+    def split(self, count: int) -> list[QTensor]:
+        """The weight as ``count`` weights of equally many rows; the inverse of :meth:`joined`."""
+        parts = zip(self.codes.chunk(count), self.scale.chunk(count), self.zero.chunk(count), strict=True)
+        return [QTensor(codes, scale, zero, self.grid) for codes, scale, zero in parts]
+
+    @staticmethod
+    def joined(parts: Sequence[QTensor]) -> QTensor:
+        """One weight with the rows of all, which have one grid."""
+        codes, scale, zero = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "zero"))
+        return QTensor(codes, scale, zero, parts[0].grid)
 
     @property
     def stored_bits(self) -> int:

@@ -103,3 +103,5 @@ class Recipe:
     """Whether training steps run through torch.compile; None: on a GPU."""
     layout: Layout
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""
+    diagonal_guard: bool = False
+    """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""

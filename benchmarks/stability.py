@@ -1,8 +1,8 @@
 """Invertibility under stress: random blocks, hostile hyper-parameters, bad starting scales.
 
-Each trial fits one block of a random grouped-query model with stability factor, step sizes, starting scales and scheme
-drawn at random, far beyond sensible values, with and without the projection to diagonal dominance. It counts crashes,
-results that are not finite, transforms that are singular after training, and what was kept of each fit.
+Each trial fits one block of a random grouped-query model with stability factor, step sizes, starting scales, scheme and
+way to invert drawn at random, far beyond sensible values, with and without the projection to diagonal dominance. It
+counts crashes, results that are not finite, transforms that are singular after training, and what was kept of each fit.
 
     python benchmarks/stability.py --trials 1000
 """
@@ -31,7 +31,7 @@ from aq_lightning.quantizers import LearnedClipping
 from aq_lightning.recipe import LearningRates, Recipe, StreamStorage, WindowPlan
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
-from callbacks import GradualMask
+from callbacks import ConditionNumber, GradualMask
 
 CPU = torch.device("cpu")
 EPOCHS, SAMPLES, LENGTH = 4, 8, 16
@@ -59,7 +59,8 @@ def model_of(draw: random.Random) -> Pretrained:
 
 def recipe_of(draw: random.Random, dominance: float | None) -> Recipe:
     """Step sizes up to 0.1 and far beyond, stability factors from 1 to 1e-3."""
-    affine = partial(Affine, stability=10 ** draw.uniform(-3, 0), dominance=dominance)
+    method = draw.choice(["lu", "newton"])
+    affine = partial(Affine, stability=10 ** draw.uniform(-3, 0), dominance=dominance, inverse=method)
     diagonal = partial(Diagonal, alpha=draw.choice([None, 0.0, 0.5, 1.0]))
     return Recipe(
         scheme=Scheme.parse(draw.choice(["w2a16", "w2a16g32", "w3a16", "w4a4", "w2a8sym"])),
@@ -80,6 +81,7 @@ def recipe_of(draw: random.Random, dominance: float | None) -> Recipe:
         streams=StreamStorage("float32", "host"),
         compiled=False,
         layout="padded",
+        diagonal_guard=draw.random() < 0.25,
     )
 
 
@@ -99,7 +101,7 @@ def trial(seed: int, dominance: float | None) -> str:
                 ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
             )
             return Trainer(
-                accelerator="cpu", devices=1, max_epochs=EPOCHS, callbacks=[GradualMask()],
+                accelerator="cpu", devices=1, max_epochs=EPOCHS, callbacks=[GradualMask(), ConditionNumber()],
                 default_root_dir=Path(root), **quiet,
             )  # fmt: skip
 

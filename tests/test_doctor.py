@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from aq_lightning.cli import main
 from aq_lightning.doctor import examine
+from aq_lightning.experts import run_here
 from aq_lightning.models.loading import Pretrained, Source
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.sites import Group
@@ -26,6 +27,7 @@ def pretrained() -> Callable[[str], Pretrained]:
         config = tiny_config(name)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        run_here(model.config)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
         return Pretrained(Source("here"), model, PreTrainedTokenizerFast, architecture_of(config))

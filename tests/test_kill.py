@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.kill import Nursery, digests, kill_until_done, tiny_fit, tiny_model
 from helpers import ROOT
 
 from aq_lightning.cli import main
 from aq_lightning.status import status_of
+from benchmarks.kill import Nursery, digests, kill_until_done, tiny_fit, tiny_model
 
 
 @pytest.fixture(scope="module")

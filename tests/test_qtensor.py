@@ -50,8 +50,9 @@ def test_laws_of_the_grid(weight: Tensor, grid: Grid, storage: torch.dtype) -> N
     assert max(len(row.unique()) for row in grouped(values, packed).flatten(0, 1)) <= grid.levels
     # Half a step; a scale that was rounded down to its storage dtype leaves the ends outside by levels × its rounding,
     # and the symmetric grid's upper half has one code less.
-    slack = grid.levels * torch.finfo(storage).eps + (0.5 if grid.symmetric else 0.0) + 0.01
-    step = scale.double()[..., None]
+    step, real = scale.double()[..., None], torch.finfo(storage)
+    rounding = (real.smallest_normal * real.eps / step).clamp(min=real.eps)  # relative; below the normal numbers more
+    slack = grid.levels * rounding + (0.5 if grid.symmetric else 0.0) + 0.01
     assert bool(((grouped(values - weight, packed)).abs() <= (0.5 + slack) * step).all())
 
 

@@ -96,7 +96,7 @@ def test_unknown_architecture(refused, model_directory: Path, tmp_path: Path, ca
     message = refused(f"--model.pretrained={directory}")
     for part in (
         "must be one of bloom, falcon, ",
-        "qwen3, got 'gpt2'",
+        "qwen3_moe, got 'gpt2'",
         "aq_lightning/models/gpt2.py",
         "SPEC = Architecture(blocks=",
         "producer",
@@ -196,7 +196,17 @@ model:
     "site, factor, parts",
     [
         ("mlp_inputs", "Diagonal", ["'mlp_inputs'", "attention_input, query_key"]),
-        ("attention_input", "Affine", ["attention_input", "Affine", "remove it from transforms.attention_input"]),
+        (
+            "attention_input",
+            "Affine",
+            [
+                "attention_input",
+                "Affine",
+                "remove it from transforms.attention_input",
+                "online: true",
+                "4,096 multiply–adds per token",
+            ],
+        ),
         ("query_key", "Diagonal", ["query_key", "complex factor", "Diagonal", "transforms.query_key"]),
         ("mlp_hidden", "Shift", ["mlp_hidden", "Shift", "transforms.mlp_hidden"]),
     ],
@@ -205,6 +215,33 @@ def test_transform_that_does_not_fold(refused, tmp_path: Path, site: str, factor
     (tmp_path / "mine.yaml").write_text(YAML.format(site=site, factor=factor))
     message = refused(config=str(tmp_path / "mine.yaml"))
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "site, arguments, parts",
+    [
+        ("query_key", "online: true", ["none reads query_key", "transforms.query_key"]),
+        ("mlp_hidden", "online: true, block: 96", ["divide the 128 channels", "got 96", "use 64, or null"]),
+        ("value_output", "block: 8", ["got 8 without online", "online: true"]),
+    ],
+)
+def test_affine_that_cannot_be_online(refused, tmp_path: Path, site: str, arguments: str, parts: list[str]) -> None:
+    text = YAML.format(site=site, factor="Affine") + f"        init_args: {{{arguments}}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    message = refused(config=str(tmp_path / "mine.yaml"))
+    assert all(part in message for part in parts), message
+
+
+def test_width_that_does_not_divide_the_hidden_size(refused) -> None:
+    """Adapting to the architecture is no excuse for leaving it out."""
+    message = refused(config="affinequant-block.yaml")
+    assert "must divide the 64 channels of its site, got 128: use 1 or 2 or 4 or 8 or 16 or 32" in message
+
+
+def test_what_folds_behind_what_is_online(refused, tmp_path: Path) -> None:
+    text = YAML.format(site="mlp_input", factor="Affine") + "        init_args: {online: true}\n"
+    (tmp_path / "mine.yaml").write_text(text + "      - class_path: aq_lightning.transforms.Diagonal\n")
+    assert "got Diagonal behind an online factor: move it up" in refused(config=str(tmp_path / "mine.yaml"))
 
 
 def test_late_shift(refused, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aq_lightning import comparison, pipeline
-from aq_lightning.calibration import BlockCalibration, RunDirectory
+from aq_lightning.calibration import BlockCalibration, Cause, RunDirectory
 from aq_lightning.cli import main
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.lookup import architecture_of
@@ -118,11 +118,14 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
     assert len({*rows(run).values()}) == 3 or {block["outcome"] for block in metrics(run)} == {"nearest"}
     blocks = metrics(run)
     assert [block["block"] for block in blocks] == [0, 1]
-    numbers = [value for block in blocks for name, value in block.items() if name not in ("condition", "outcome")]
+    others = ("condition", "candidates", "causes", "outcome")
+    numbers = [value for block in blocks for name, value in block.items() if name not in others]
     conditions = [value for block in blocks for value in block["condition"].values()]
     assert all(math.isfinite(value) for value in numbers) and all(1 <= value < 1e6 for value in conditions)
     for block in blocks:
         assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"]), "no block ends worse"
+        assert block["candidates"][block["outcome"]] == min(block["candidates"].values())
+        assert {"trained", "first epoch", "start", "nearest"} == set(block["candidates"]) and not block["causes"]
     assert json.loads((run / "results.json").read_text())["blocks"] == blocks
 
 
@@ -324,7 +327,12 @@ def test_divergence_ends_in_a_fallback_not_in_a_crash(
     assert all(math.isfinite(value) for value in rows(run).values())
     for block in metrics(run):
         assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"])
-    assert {block["outcome"] for block in metrics(run)} <= {"trained", "first epoch", "start", "nearest"}
-    assert {block["outcome"] for block in metrics(run)} != {"trained"}
+    outcomes = {block["outcome"] for block in metrics(run)}
+    assert outcomes <= {"trained", "rolled back", "first epoch", "start", "nearest"} and outcomes != {"trained"}
     kept = [f"{block['block']} ({block['outcome']})" for block in metrics(run) if block["outcome"] != "trained"]
-    assert f"training did not help, so these blocks were left as named: {', '.join(kept)}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"training did not help, so these blocks were left as named: {', '.join(kept)}" in said
+    stopped = [cause for block in metrics(run) for cause in block["causes"]]
+    assert said.count("an attempt was stopped, ") == len(stopped) and bool(stopped) == (rates[0] == "1e6")
+    assert all(f"{Cause(**cause)}" in said for cause in stopped)
+    assert all(block["attempts"] == min(len(block["causes"]) + 1, 3) for block in metrics(run))

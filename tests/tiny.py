@@ -13,6 +13,7 @@ from helpers import with_true_norms
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from aq_lightning.experts import run_here
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.models.sites import Architecture, Heads
 
@@ -39,6 +40,10 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "mistral": ("mistral", {**WIDE_HEADS, "sliding_window": 6}),
     "qwen2": ("qwen2", {**GROUPED, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 6}),
     "qwen3": ("qwen3", WIDE_HEADS),
+    "mixtral": ("mixtral", {**WIDE_HEADS, "sliding_window": 6, "num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {**WIDE_HEADS, "moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3}),
+    "qwen3_moe-biased": ("qwen3_moe", {**WIDE_HEADS, "moe_intermediate_size": 32, "num_experts": 3,
+                                       "num_experts_per_tok": 1, "norm_topk_prob": True, "attention_bias": True}),
     "gemma2": ("gemma2", {**WIDE_HEADS, **SLIDING, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 24}),
     "gemma3_text": ("gemma3_text", {**WIDE_HEADS, **SLIDING, "query_pre_attn_scalar": 24}),
     "phi3": ("phi3", GROUPED),
@@ -87,18 +92,32 @@ def tiny_config(name: str, **changes: object) -> AutoConfig:
     return AutoConfig.for_model(model_type, **{**COMMON, **fields, **changes})
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64) -> Tiny:
+def tiny(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> Tiny:
     """One of :data:`MODELS` with every parameter random, its norms as precise as ``dtype``."""
-    config = tiny_config(name)
+    config = tiny_config(name, **changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(dtype)
+    run_here(model.config)
     for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[1] ** 0.5)
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn_like(parameter) * 2 / parameter.shape[-1] ** 0.5)
         else:
             parameter.add_(torch.randn_like(parameter) * 0.3)
     architecture = architecture_of(config)
     return Tiny(with_true_norms(model), architecture, heads_of(config, architecture))
+
+
+def avoided_expert(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose routers choose 2 of 5 experts, so changed that none ever chooses expert 0.
+
+    It always scores 0, where of the other four, opposite in Pairs, two score more.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            assert module.weight.shape[0] == 5 and module.top_k == 2
+            module.weight[0] = 0
+            module.weight[3:] = -module.weight[1:3]
+    return model
 
 
 def called(tiny: Tiny, index: int = 0, tokens: Tensor | None = None) -> Call:
@@ -117,7 +136,9 @@ def called(tiny: Tiny, index: int = 0, tokens: Tensor | None = None) -> Call:
 
 @contextmanager
 def true_softmax() -> Iterator[None]:
-    """Softmax in the precision of its input (HF's eager attention computes it in float32 whatever it is given)."""
+    """Softmax in float64 (HF's eager attention and routers compute it in float32 whatever they are given)."""
+    narrow = Tensor.float
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "softmax", lambda x, dim=-1, dtype=None, **_: torch.softmax(x, dim))
+        patch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
         yield

@@ -21,5 +21,6 @@ from aq_lightning.calibration.observe import Ranges as Ranges
 from aq_lightning.calibration.observe import observed as observed
 from aq_lightning.calibration.streams import Streams as Streams
 from aq_lightning.calibration.streams import capture as capture
+from aq_lightning.calibration.watch import Cause as Cause
 from aq_lightning.calibration.window import LiveWindow as LiveWindow
 from aq_lightning.calibration.window import switches as switches

@@ -32,16 +32,17 @@ def adapt(
         scheme: integers of weights and activations.
 
     Raises:
-        RequestError: a factor at a site where no architecture absorbs it, or a site that none has.
+        RequestError: a factor at a site where no architecture absorbs it, or a site that none has; an online factor
+            at a site that this architecture has.
     """
     folding: dict[str, list[FactorFactory]] = {}
     refusals: list[str] = []
     for site, factories in transforms.items():
         for factory in factories:
             try:
-                attach(block, architecture, heads, {site: [factory]}, None, scheme, torch.float32)
+                attach(block, architecture, heads, {site: [factory]}, None, scheme, torch.float32).detach()
             except RequestError as refusal:
-                if not _folds_somewhere(site, factory):
+                if not _left_out(architecture, site, factory):
                     raise
                 refusals.append(str(refusal))
             else:
@@ -49,7 +50,16 @@ def adapt(
     return folding, refusals
 
 
-def _folds_somewhere(name: str, factory: FactorFactory) -> bool:
-    """Whether any architecture has a site of this name that absorbs the factor."""
+def _left_out(architecture: Architecture, name: str, factory: FactorFactory) -> bool:
+    """Whether a refused factor fits elsewhere: some architecture has a site of this name that absorbs it.
+
+    An online one does not ask what a site absorbs: where the site exists, something else is wrong with it.
+    """
+    factor = factory(SiteShape(1, 0))  # no channels: blocks of any width divide them
+    if factor.online and any(site.name == name for site in architecture.sites):
+        return False
     sites = (site for kind in model_types() for variant in variants_of(kind) for site in variant.sites)
-    return any(site.name == name and factory(SiteShape(1, 2)).group in site.absorbs for site in sites)
+    return any(
+        site.name == name and (bool(site.consumers) if factor.online else factor.group in site.absorbs)
+        for site in sites
+    )

@@ -10,19 +10,23 @@ from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import add_shift_biases, fold
+from aq_lightning.calibration.places import carrier_of, check_place
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import stacks
 from aq_lightning.models.sites import Architecture, Group, Heads, Site, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Factor, FactorFactory, Map, Transform
+from aq_lightning.transforms import FactorFactory, Map, Transform
+from aq_lightning.transforms.online import carrier, carry_empty, carry_stored, drop, online_name
 
 
 class AttachedBlock(nn.Module):
     """A frozen block seen through its transforms and weight quantizers.
 
     The block's parameters stay what they are: each forward pass computes the folded, fake-quantized tensors once and
-    calls the block with them. Deleting this object detaches everything. Activation quantization is separate:
+    calls the block with them. Of that the block shows nothing, but that modules carry empty online products where
+    there are online factors, until :meth:`detach` or merge. Activation quantization is separate:
     :func:`aq_lightning.quantizers.quantized_activations`.
     """
 
@@ -42,6 +46,15 @@ class AttachedBlock(nn.Module):
         self.transforms = nn.ModuleDict(transforms)
         self.quantizers = nn.ModuleDict({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.moved = frozenset(moved)
+        sites = {site.name: site for site in architecture.sites}
+        self.carriers = {name: carrier_of(block, sites[name]) for name, each in transforms.items() if each.online()}
+        for name, module in self.carriers.items():
+            carry_empty(block.get_submodule(module), [factor.operation() for factor in transforms[name].online()])
+
+    def detach(self) -> None:
+        """Leaves the block as it was, for a plan that was only checked."""
+        for module in self.carriers.values():
+            drop(self.block.get_submodule(module))
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
         """The quantized block's answer, (batch, length, hidden) → the same."""
@@ -66,10 +79,15 @@ class AttachedBlock(nn.Module):
         return add_shift_biases(folded, rounded, self.architecture.sites, maps, self.moved)
 
     def folded(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Map]]:
-        """Parameters of the transformed block before rounding, and the maps that were folded."""
+        """Parameters of the transformed block before rounding, those of online products included, and the maps."""
         maps = {name: transform(dtype) for name, transform in self.transforms.items()}
-        tensors = {name: parameter.to(dtype) for name, parameter in self.block.named_parameters()}
-        return fold(tensors, self.architecture, self.heads, maps, self.moved), maps
+        own = {name: tensor for name, tensor in self.block.named_parameters() if not carrier(name)}
+        tensors = {name: tensor.to(dtype) for name, tensor in own.items()}
+        folded = fold(tensors, self.architecture, self.heads, maps, self.moved)
+        for site, module in self.carriers.items():
+            for position, product in enumerate(maps[site].online):
+                folded |= {online_name(module, position, name): tensor for name, tensor in product.items()}
+        return folded, maps
 
 
 def attach(
@@ -88,13 +106,13 @@ def attach(
         architecture: its sites.
         heads: its attention heads.
         transforms: site name → factor factories.
-        weight_quantizer: range rule of every linear; None leaves weights unrounded.
+        weight_quantizer: range rule of every weight; None leaves weights unrounded.
         scheme: integers of weights and activations.
         storage: dtype in which the checkpoint keeps scales.
 
     Raises:
-        RequestError: an unknown site, a factor that its site cannot absorb, a linear that cannot take the bias that a
-            shift needs, or a group size that does not divide.
+        RequestError: an unknown site, a factor that its site cannot absorb and that is not online, a linear that
+            cannot take the bias that a shift needs, or a group size that does not divide.
     """
     sites = {site.name: site for site in architecture.sites}
     unknown = sorted(set(transforms) - set(sites))
@@ -106,7 +124,7 @@ def attach(
         shape = site_shape(block, sites[name], heads)
         factors = [factory(shape) for factory in factories]
         for factor in factors:
-            _check_absorbs(sites[name], factor)
+            check_place(block, sites[name], factor)
         if factors:
             built[name] = Transform(factors).to(next(block.parameters()).device)
     shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]
@@ -115,15 +133,16 @@ def attach(
         for linear in site.consumers + ((_producer(site),) if site.name in moved else ()):
             _check_bias(block, architecture, site, linear)
     quantizers = {}
-    for name, linear in linears(block).items() if weight_quantizer is not None else ():
-        quantizer = weight_quantizer(scheme.weight, tuple(linear.weight.shape), storage)
-        quantizers[f"{name}.weight"] = quantizer.to(linear.weight.device)
+    for name, weight in weights(block).items() if weight_quantizer is not None else ():
+        quantizer = weight_quantizer(scheme.weight, tuple(weight.flatten(0, -2).shape), storage)
+        quantizers[name] = quantizer.to(weight.device)
     return AttachedBlock(block, architecture, heads, built, quantizers, moved)
 
 
 @torch.no_grad()
 def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str] = ()) -> dict[str, QTensor | Tensor]:
-    """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will.
+    """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will; its modules
+    carry the products of online factors.
 
     Args:
         attached: a block after training.
@@ -157,24 +176,35 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
 
 @torch.no_grad()
 def install(block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
-    """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none."""
-    like = next(block.parameters())
-    for name, tensor in tensors.items():
+    """Replaces a block's parameters by merged ones, in the block's own dtype; a bias appears where there was none, and
+    modules carry the online products given and no others."""
+    like, shapes = next(block.parameters()), {name: stack.shape for name, stack in stacks(block).items()}
+    carry_stored(block, {name: tensor.to(like) for name, tensor in tensors.items() if carrier(name)})
+    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if not carrier(name)):
         value = tensor.dequantize(like.dtype) if isinstance(tensor, QTensor) else tensor.to(like.dtype)
+        value = value.reshape(shapes.get(name, value.shape))
         path, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(path), leaf, nn.Parameter(value.to(like.device), requires_grad=False))
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by name: what is quantized."""
+    """The linears of a block by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """What is quantized, by name: weights (out, in) of linears and (experts, out, in) of experts; no router's."""
+    return {f"{name}.weight": linear.weight for name, linear in linears(block).items()} | stacks(block)
+
+
 def site_shape(block: nn.Module, site: Site, heads: Heads) -> SiteShape:
-    """Blocks and sizes of a site: key-value heads, or all channels that its consumers read or its norms scale."""
+    """Blocks and sizes of a site: key-value heads, experts, or all channels that consumers read or norms scale."""
     rotary = heads.rotary if site.dual else None
     if site.per_head:
         return SiteShape(heads.key_value, heads.size, rotary)
+    if site.per_expert:
+        experts, _, width = block.get_parameter(site.consumers[0]).shape
+        return SiteShape(experts, width)
     if site.consumers:
         return SiteShape(1, block.get_submodule(site.consumers[0]).weight.shape[1])
     return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary)
@@ -206,18 +236,9 @@ def _holds_bias(block: nn.Module, producer: str) -> bool:
     return isinstance(module, nn.Linear) or "bias" in dict(module.named_parameters())
 
 
-def _check_absorbs(site: Site, factor: Factor) -> None:
-    if factor.group not in site.absorbs:
-        folds = " or ".join(sorted(group.value for group in site.absorbs))
-        raise RequestError(
-            f"Only {folds} folds at {site.name} ({site.producer} → {', '.join(site.consumers) or site.dual}), got "
-            f"{type(factor).__name__}, which is {factor.group.value}: remove it from transforms.{site.name}."
-        )
-
-
 def _check_bias(block: nn.Module, architecture: Architecture, site: Site, linear: str) -> None:
     switchable = any(linear in together for together in architecture.bias_switches.values())
-    if not switchable and "bias" not in dict(block.get_submodule(linear).named_parameters()):
+    if not switchable and f"{linear}.bias" not in dict(block.named_parameters()):
         raise RequestError(
             f"A shift at {site.name} needs a bias on {linear}, and this architecture has none there and no switch for "
             f"one: remove Shift from transforms.{site.name}."

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
 
 
 class Pairs:
@@ -36,8 +35,8 @@ class Pairs:
         if self._taken == len(self):
             self._before, self._taken = self._generator.get_state(), 0
         self._generator.set_state(self._before)
-        order = torch.tensor(list(RandomSampler(self.inputs, generator=self._generator)), device=self.inputs.device)
-        for index in order.split(self.batch_size)[self._taken :]:
+        order = torch.randperm(len(self.inputs), generator=self._generator)
+        for index in order.to(self.inputs.device).split(self.batch_size)[self._taken :]:
             self._taken += 1
             yield self.inputs[index], self.targets[index]
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.microbatch import MicroBatched
 from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
+from aq_lightning.calibration.watch import Cause, Quantity, Watch
 from aq_lightning.durable import save_tensors
-from aq_lightning.errors import RequestError
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
+
+State = dict[str, Tensor]
+"""Parameters and masks of a window's transforms and quantizers, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Position:
     """Number of windows in the model."""
 
 
-class BlockCalibration(LightningModule):
+class BlockCalibration(MicroBatched):
     """Fits the transforms and clipping of a window of blocks to its target; the blocks themselves are frozen.
 
     Args:
@@ -45,7 +45,9 @@ class BlockCalibration(LightningModule):
         arguments: other arguments of each block, on the training device.
         recipe: objective, optimizer and step sizes.
         position: where the window stands in the run.
-        slowdown: factor on every step size, for another attempt after one that diverged.
+        slowdown: factor on every step size, for another attempt after one that was stopped.
+        opening: factor on the stability factor of every affine matrix; 0 keeps them diagonal.
+        ceiling: an epoch whose mean loss is greater has diverged.
     """
 
     def __init__(
@@ -55,22 +57,25 @@ class BlockCalibration(LightningModule):
         recipe: Recipe,
         position: Position,
         slowdown: float = 1.0,
+        opening: float = 1.0,
+        ceiling: float = math.inf,
     ) -> None:
         super().__init__()
         self.slowdown = slowdown
-        self.first_epoch: dict[str, Tensor] = {}
+        self.opening = opening
+        self.ceiling = ceiling
+        self.cause: Cause | None = None
+        self.sound: list[State] = []
         self.blocks = nn.ModuleList(blocks)
+        for matrix in self.matrices():
+            matrix.stability *= opening
         self.arguments = arguments
         self.recipe = recipe
         self.position = position
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN must show
-        self.loss.persistent(True)  # in checkpoints inside an epoch
-        self.strict_loading = False  # which leave the frozen blocks out
+        self.place = f"block {position.index}"
+        self.strict_loading = False  # checkpoints leave the frozen blocks out
         self.after_step: Callable[[BlockCalibration, int], None] | None = None
-        self.micro_batch: int | None = None
-        self._step_loss: Tensor | None = None
-        self._stopped = False
-        self._random: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
@@ -80,94 +85,102 @@ class BlockCalibration(LightningModule):
             hidden = answer(block, hidden, others)
         return hidden
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss of a batch; of micro-batches, all but the last already have their gradients added."""
-        hidden, target = batch  # each (batch, length, hidden)
-        size = self.micro_batch or len(hidden)
-        if self.micro_batch:
-            self.zero_grad()  # not between the parts
-        *parts, last = zip(hidden.split(size), target.split(size), strict=True)
-        self._step_loss = torch.zeros((), device=hidden.device)
-        for part in parts:
-            self.trainer.strategy.backward(self._share(*part, len(hidden)), None)
-        loss = self._share(*last, len(hidden))
-        self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
-        return loss
-
-    def _share(self, hidden: Tensor, target: Tensor, batch: int) -> Tensor:
-        """What a part of a batch adds to its mean loss."""
+    def objective(self, hidden: Tensor, target: Tensor) -> Tensor:
         dtype = next(self.blocks[0].block.parameters()).dtype
-        loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
-        loss = loss if len(hidden) == batch else loss * (len(hidden) / batch)
-        self._step_loss = self._step_loss + loss.detach()
-        return loss
+        return self.recipe.objective.loss(self(hidden.to(dtype)), target)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        if not self.micro_batch:
-            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+    def on_fit_start(self) -> None:
+        index, places = self.position.index, self._places()
+        inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
+        parameters = [_quantity(name, index) for name, _ in self._trained()]
+        self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters])
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """A step whose forward and backward pass are tried with ever smaller micro-batches until the memory is enough;
-        the batch, and so the mean loss, stays the same."""
-
-        def closure() -> Any:
-            while True:
-                with suppress(torch.OutOfMemoryError):
-                    return optimizer_closure()
-                self._halve()
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-
-    def _halve(self) -> None:
-        size = self.micro_batch or self.recipe.batch_size
-        if size == 1 or self.trainer.accumulate_grad_batches > 1:
-            raise RequestError(
-                f"A window of text at a time must fit into the GPU's memory, got too little in block "
-                f"{self.position.index}: lower data.length, set --model.streams.place host"
-                f"{', or leave --trainer.accumulate_grad_batches at 1' if size > 1 else ''}."
-            )
-        self.micro_batch = (size + 1) // 2
-        self.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"block {self.position.index}: out of memory with {size} windows of text at once; going on with "
-            f"{self.micro_batch}, {self.recipe.batch_size} to a step as before.",
-            stacklevel=2,
-        )
+    def on_train_epoch_start(self) -> None:
+        for matrix in self.matrices():
+            matrix.residual.zero_()
+            matrix.worst_bound.zero_()
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         for matrix in self.matrices():
             matrix.project()
-        self.loss.update(self._step_loss)
+            matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
+        norms = torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])
+        self.watch.update([*(matrix.residual for matrix in self.matrices()), self._step_loss, *norms])
+        if self.trainer.is_last_batch:
+            self._judge()
         if self.after_step is not None:
             self.after_step(self, batch_idx)
 
-    def on_train_start(self) -> None:
-        if self._random is not None:
-            restore_random_state(self._random)
-        self.trainer.should_stop = self._stopped
+    def _judge(self) -> None:
+        """Stops an epoch that nothing good comes back from: callbacks and the next attempt find out why."""
+        culprit, loss = self.watch.first(), float(self.loss.compute())
+        if culprit is not None:
+            self.stop(Cause(culprit.block, culprit.site, culprit.what, None, self.current_epoch))
+        elif not loss <= self.ceiling:
+            self.stop(Cause(self.position.index, "", "loss", loss, self.current_epoch))
+
+    def stop(self, cause: Cause) -> None:
+        """Ends the training with this epoch, which does not count as sound; the first cause stays."""
+        self.cause = self.cause or cause
+        self.trainer.should_stop = True
+
+    def on_train_epoch_end(self) -> None:
+        for matrix in self.matrices():
+            matrix.doubt()
+        if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
+            self.sound = [*self.sound[:1], self.state()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {name: tensor for name, tensor in checkpoint["state_dict"].items() if ".block." not in name}
-        own = {"first_epoch": self.first_epoch, "micro_batch": self.micro_batch, "stopped": self.trainer.should_stop}
-        checkpoint |= {"state_dict": kept, "window": own, "random": random_state()}
+        checkpoint |= {"state_dict": kept, "window": self._progress(), "random": random_state()}
+
+    def _progress(self) -> dict[str, Any]:
+        """What training has come to besides parameters, as plain values."""
+        return {
+            "buffers": {name: tensor for name, tensor in self.named_buffers() if ".block." not in name},
+            "methods": [matrix.method for matrix in self.matrices()],
+            "sound": self.sound,
+            "cause": self.cause and self.cause.as_dict(),
+            "watch": (self.watch.steps, self.watch.since),
+            "micro_batch": self.micro_batch,
+            "stopped": self.trainer.should_stop,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own, self._random = checkpoint["window"], checkpoint["random"]
-        self.first_epoch, self.micro_batch, self._stopped = own["first_epoch"], own["micro_batch"], own["stopped"]
+        self._restored = checkpoint
+        kept = checkpoint["window"]
+        for name, tensor in kept["buffers"].items():
+            self.get_buffer(name).copy_(tensor)
+        for matrix, method in zip(self.matrices(), kept["methods"], strict=True):
+            matrix.method = method
+        self.sound, self.micro_batch = kept["sound"], kept["micro_batch"]
+        self.cause = kept["cause"] and Cause(**kept["cause"])
 
-    def on_train_epoch_end(self) -> None:
-        if self.current_epoch == 0:  # only the diagonals of affine matrices are open yet
-            self.first_epoch = {name: tensor.clone() for name, tensor in self.own().items()}
-        if not torch.isfinite(self.loss.compute()):
-            self.trainer.should_stop = True  # nothing finite comes back from here: the next attempt is slower
+    def on_train_start(self) -> None:
+        if self._restored is not None:
+            kept = self._restored["window"]
+            self.watch.steps, since = kept["watch"]
+            self.watch.since = None if since is None else since.to(self.device)
+            self.trainer.should_stop = kept["stopped"]
+            restore_random_state(self._restored["random"])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, each) for name, each in self.blocks.named_parameters() if each.requires_grad]
+
+    def _places(self) -> list[tuple[int, str, Affine]]:
+        """Block of the window, site and matrix, for every affine matrix."""
+        return [
+            (index, site, part)
+            for index, block in enumerate(self.blocks)
+            for site, transform in block.transforms.items()
+            for part in transform.factors
+            if isinstance(part, Affine)
+        ]
 
     def matrices(self) -> list[Affine]:
         """Every affine matrix of the window."""
-        return [part for block in self.blocks for part in block.transforms.modules() if isinstance(part, Affine)]
+        return [matrix for _, _, matrix in self._places()]
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
@@ -185,7 +198,7 @@ class BlockCalibration(LightningModule):
 
     def trainable(self) -> bool:
         """Whether the recipe leaves anything to train."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+        return bool(self._trained())
 
     def conditions(self) -> dict[str, float]:
         """Condition number of each site's transform, the worst over the window's blocks."""
@@ -195,17 +208,40 @@ class BlockCalibration(LightningModule):
             for site in sorted(sites)
         }
 
+    def invertibility(self) -> dict[str, float]:
+        """What is known of the affine matrices of each site, the worst over the blocks of the window.
+
+        ``margin/<site>``, now: how far the least dominant row is from losing its dominance. ``bound/<site>`` and
+        ``residual/<site>``, over all steps of the epoch: Varah's bound on the condition number, and ``‖I − A A⁻¹‖∞``.
+        """
+        worst: dict[str, float] = {}
+        for _, site, matrix in self._places():
+            worst[f"margin/{site}"] = min(float(matrix.margin()), worst.get(f"margin/{site}", math.inf))
+            for name, value in (("bound", matrix.worst_bound), ("residual", matrix.residual)):
+                worst[f"{name}/{site}"] = max(float(value), worst.get(f"{name}/{site}", -math.inf))
+        return worst
+
     def trained(self) -> dict[str, Tensor]:
         """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""
         return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in self.own().items()}
 
-    def return_to_first_epoch(self) -> None:
-        """Undoes everything after the first epoch."""
-        self.blocks.load_state_dict(self.first_epoch, strict=False)
+    def state(self) -> State:
+        """A copy of :meth:`own`, to return to."""
+        return {name: tensor.clone() for name, tensor in self.own().items()}
 
-    def own(self) -> dict[str, Tensor]:
+    def return_to(self, state: State) -> None:
+        """Undoes everything since :meth:`state`."""
+        self.blocks.load_state_dict(state, strict=False)
+
+    def own(self) -> State:
         """Parameters and masks of transforms and quantizers, by name."""
         return {name: tensor for name, tensor in self.blocks.state_dict().items() if ".block." not in name}
+
+
+def _quantity(name: str, index: int) -> Quantity:
+    """What a parameter is called in reports, such as ``0.transforms.value_output.factors.1.matrix``."""
+    block, _, site, *rest = name.split(".")
+    return Quantity(index + int(block), site.replace("/", "."), rest[-1])
 
 
 def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
@@ -214,11 +250,17 @@ def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
 
 @cache
 def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
-    """One compiled function for the process: blocks of one shape share its code.
+    """One compiled function for the process: blocks of one shape, and with hooks of one kind, share its code.
 
     Every shape gets its own: code that serves several would depend on which came first, and its sums with it.
     """
-    return torch.compile(_answer, dynamic=False)
+    compiled = torch.compile(_answer, dynamic=False)
+
+    def answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # hooks quantize activations
+            return compiled(block, hidden, others)
+
+    return answer
 
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:

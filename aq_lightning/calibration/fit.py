@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.batches import Pairs
-from aq_lightning.calibration.block import BlockCalibration, Position
+from aq_lightning.calibration.block import BlockCalibration, Position, State
 from aq_lightning.calibration.inside import Attempt
 from aq_lightning.calibration.observe import Ranges
+from aq_lightning.calibration.watch import Cause
 from aq_lightning.calibration.window import LiveWindow
 
-_SLOWDOWNS = (1.0, 0.1, 0.01)  # of the attempts at a window that diverges
+_CAUTION = (1.0, 0.1, 0.01)  # of the attempts at a window: factors on step sizes and stability factors
+_EXPLODED = 100.0  # an epoch whose mean loss is that many times the start's has diverged
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,25 @@ class Fit:
     module: BlockCalibration
     """The window with the parameters that were chosen."""
     outcome: str
-    """``trained``; or what was better: ``first epoch`` (diagonals only), ``start`` (no training) or ``nearest``
-    (no transforms: round-to-nearest)."""
+    """``trained``; or what was better: ``rolled back`` (the last sound epoch of a training that was stopped), ``first
+    epoch`` (affine matrices still diagonal), ``diagonal`` (trained with diagonal matrices), ``start`` (no training) or
+    ``nearest`` (no transforms: round-to-nearest)."""
     attempts: int
-    """Times it was trained; more than one after divergence."""
+    """Times it was trained; more than one after an attempt that was stopped."""
     losses: dict[str, float]
     """Objective over all samples, by outcome."""
+    causes: tuple[Cause, ...]
+    """Why attempts were stopped, in order."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A state that a window can be left in."""
+
+    outcome: str
+    module: BlockCalibration
+    state: State
+    loss: float
 
 
 def fit(
@@ -43,8 +58,9 @@ def fit(
 ) -> Fit:
     """Trains a window and chooses the best of what it went through.
 
-    A window that diverges (its loss or a parameter is no longer finite) is tried again from the start with smaller
-    steps, a bounded number of times.
+    An attempt is stopped when its loss or a parameter is no longer finite, when its loss explodes, or by a callback
+    (:meth:`BlockCalibration.stop`). The window is then tried again from the start with smaller steps and smaller
+    stability factors, a bounded number of times.
 
     Args:
         live: the window's blocks.
@@ -54,32 +70,69 @@ def fit(
         trainer: makes a fresh Trainer for an attempt.
         loader: makes the batches of the data.
     """
-
-    def module(blocks: Sequence[AttachedBlock], slowdown: float = 1.0) -> BlockCalibration:
-        return BlockCalibration(blocks, live.arguments, live.recipe, position, slowdown)
-
-    nearest, start = module(live.attach_nearest()), module(live.attach(activations))
-    losses = {"start": live.loss(start.blocks, *data)}
-    attempts, trained = 0, start
-    while trained.trainable() and losses.get("trained", math.inf) == math.inf and attempts < len(_SLOWDOWNS):
-        trained = module(live.attach(activations), _SLOWDOWNS[attempts])
-        trainer().fit(trained, loader())
-        trained.to(live.device)
-        losses["trained"] = live.loss(trained.blocks, *data)
-        attempts += 1
-    losses["nearest"] = live.loss(nearest.blocks, *data)
-    best = min(("trained", "start", "nearest"), key=lambda name: losses.get(name, math.inf))
-    if trained.first_epoch and (first := _first_epoch_loss(live, trained, data)) < losses[best]:
-        losses["first epoch"], best = first, "first epoch"
-        trained.return_to_first_epoch()
-    chosen = {"trained": trained, "first epoch": trained, "start": start, "nearest": nearest}
-    return Fit(chosen[best], best, attempts, losses)
+    return _Fitting(live, position, activations, data, trainer, loader).best()
 
 
-def _first_epoch_loss(live: LiveWindow, trained: BlockCalibration, data: tuple[Tensor, Tensor]) -> float:
-    """Objective at the end of the first epoch; the window is left as it was."""
-    last = {name: tensor.clone() for name, tensor in trained.own().items()}
-    trained.return_to_first_epoch()
-    loss = live.loss(trained.blocks, *data)
-    trained.blocks.load_state_dict(last, strict=False)
-    return loss
+class _Fitting:
+    """The arguments of :func:`fit`, and what is tried with them."""
+
+    def __init__(
+        self,
+        live: LiveWindow,
+        position: Position,
+        activations: Sequence[Ranges],
+        data: tuple[Tensor, Tensor],
+        trainer: Callable[[], Attempt],
+        loader: Callable[[], Pairs],
+    ) -> None:
+        self.live, self.position, self.activations = live, position, activations
+        self.data, self.trainer, self.loader = data, trainer, loader
+        plain = self.module(live.attach(activations))
+        self.start = self.candidate("start", plain, plain.state())
+
+    def best(self) -> Fit:
+        """Everything that the recipe asks for, and the one with the least loss."""
+        plain = self.start.module
+        diagonal, trained, causes, attempts = [], [], [], 0
+        if plain.trainable():
+            if plain.matrices() and self.live.recipe.diagonal_guard:
+                diagonal, _ = self.train(opening=0.0)
+            trained, causes = self.train(opening=1.0)
+            attempts = min(len(causes) + 1, len(_CAUTION))
+        rounded = self.module(self.live.attach_nearest())
+        nearest = self.candidate("nearest", rounded, rounded.state())
+        candidates = [*trained, *(replace(each, outcome="diagonal") for each in diagonal), self.start, nearest]
+        best = min(candidates, key=lambda each: each.loss)
+        best.module.return_to(best.state)
+        losses = {each.outcome: each.loss for each in sorted(candidates, key=lambda each: -each.loss)}
+        return Fit(best.module, best.outcome, attempts, losses, tuple(causes))
+
+    def train(self, opening: float) -> tuple[list[_Candidate], list[Cause]]:
+        """Attempts until one is not stopped: what they leave, and why those before it were stopped."""
+        candidates, causes = [], []
+        for caution in _CAUTION:
+            module = self.module(
+                self.live.attach(self.activations), caution, opening * caution, _EXPLODED * self.start.loss
+            )
+            self.trainer().fit(module, self.loader())
+            module.to(self.live.device)
+            if module.cause is None:
+                candidates.append(self.candidate("trained", module, module.state()))
+                if candidates[-1].loss == math.inf:  # the last step was too much
+                    module.cause = Cause(self.position.index, "", "loss", None, module.current_epoch)
+            elif module.sound:
+                candidates.append(self.candidate("rolled back", module, module.sound[-1]))
+            if module.cause is None:
+                break
+            causes.append(module.cause)
+        first = [self.candidate("first epoch", module, state) for state in module.sound[:-1]]
+        return candidates + first, causes
+
+    def module(self, blocks: Sequence[AttachedBlock], *cautions: float) -> BlockCalibration:
+        """A window ready for a Trainer."""
+        return BlockCalibration(blocks, self.live.arguments, self.live.recipe, self.position, *cautions)
+
+    def candidate(self, outcome: str, module: BlockCalibration, state: State) -> _Candidate:
+        """A state and its loss over all samples."""
+        module.return_to(state)
+        return _Candidate(outcome, module, state, self.live.loss(module.blocks, *self.data))

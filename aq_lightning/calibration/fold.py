@@ -15,7 +15,8 @@ Tensors = Mapping[str, Tensor]
 def fold(
     tensors: Tensors, architecture: Architecture, heads: Heads, maps: Mapping[str, Map], moved: Collection[str]
 ) -> dict[str, Tensor]:
-    """Folds every map into the tensors around its site; biases of shifts follow in :func:`add_shift_biases`.
+    """Folds every map into the tensors around its site, but for the online part of its inverse, which has tensors of
+    its own; biases of shifts follow in :func:`add_shift_biases`.
 
     Args:
         tensors: a block's parameters by name, all in one dtype.
@@ -31,11 +32,12 @@ def fold(
     for site in (site for site in architecture.sites if site.name in maps):
         each, offset = maps[site.name], architecture.gain_offset
         producer = architecture.member(site.producer, heads)
-        _over_outputs(folded, producer, each.inverse, offset, each.shift if site.name in moved else None)
+        _over_outputs(folded, producer, each.folded or each.inverse, offset, each.shift if site.name in moved else None)
         if site.dual:
             _over_outputs(folded, architecture.member(site.dual, heads), each.transpose, offset)
         for consumer in site.consumers:
-            folded[f"{consumer}.weight"] = each.transpose(folded[f"{consumer}.weight"])
+            name = architecture.member(consumer, heads).weight
+            folded[name] = site.from_columns(each.transpose(site.columns(folded[name])), folded[name])
     return folded
 
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.attach import AttachedBlock, site_shape, weights
+from aq_lightning.experts import hooked
 from aq_lightning.models.sites import Site, SiteShape
 from aq_lightning.transforms import SiteStatistics
 
@@ -32,39 +33,65 @@ class ChannelRange:
         self.tokens += flat.shape[0]
 
 
-Ranges = Mapping[str, ChannelRange]
-"""What was seen at each site of a block."""
+Ranges = Mapping[str, Sequence[ChannelRange]]
+"""What was seen at each site of a block: one range, or one for each expert of the tokens routed to it."""
 
 
 @contextmanager
 def observed(blocks: Sequence[nn.Module], sites: Sequence[Site]) -> Iterator[list[Ranges]]:
     """While it is open, the activations at every site with consumers are recorded, block by block."""
-    ranges: list[Ranges] = [{site.name: ChannelRange() for site in sites if site.consumers} for _ in blocks]
+    ranges: list[Ranges] = []
     with ExitStack() as hooks:
-        for block, seen in zip(blocks, ranges, strict=True):
+        for block in blocks:
+            ranges.append({})
             for site in (site for site in sites if site.consumers):
-                handle = block.get_submodule(site.consumers[0]).register_forward_pre_hook(
-                    lambda _, inputs, at=seen[site.name]: at.update(inputs[0])
-                )
-                hooks.callback(handle.remove)
+                ranges[-1][site.name] = hooks.enter_context(_watched(block, site))
         yield ranges
 
 
+@contextmanager
+def _watched(block: nn.Module, site: Site) -> Iterator[Sequence[ChannelRange]]:
+    """While it is open, the activations at one site are recorded."""
+    if site.per_expert:
+        seen = [ChannelRange() for _ in block.get_parameter(site.consumers[0])]
+
+        def look(expert: int, inner: Tensor) -> Tensor:
+            seen[expert].update(inner)
+            return inner
+
+        with hooked(block.get_submodule(site.consumers[0].rpartition(".")[0]), look):
+            yield seen
+    else:
+        seen = [ChannelRange()]
+        reader = block.get_submodule(site.consumers[0])
+        with reader.register_forward_pre_hook(lambda _, inputs: seen[0].update(inputs[0])):
+            yield seen
+
+
 def initialize(attached: AttachedBlock, ranges: Ranges) -> None:
-    """Starts every transform of a block from the activations observed and from its consumers' weights."""
+    """Starts every transform of a block from the activations observed and from the weights that are quantized."""
+    quantized = weights(attached.block)
     for site in attached.architecture.sites:
         if site.name in attached.transforms and site.consumers:
-            weights = [attached.block.get_submodule(name).weight for name in site.consumers]
-            greatest = torch.stack([weight.abs().amax(0).double() for weight in weights]).amax(0)  # (channels)
-            transform = attached.transforms[site.name]
-            transform.initialize(_statistics(transform.factors[0].shape, ranges[site.name], greatest))
+            members = [attached.architecture.member(name, attached.heads) for name in site.consumers]
+            columns = [site.columns(quantized[member.weight]) for member in members if member.weight in quantized]
+            greatest = torch.stack([c.abs().flatten(0, -2).amax(0).double() for c in columns]).amax(0)  # (channels)
+            shape = site_shape(attached.block, site, attached.heads)
+            attached.transforms[site.name].initialize(_statistics(shape, ranges[site.name], greatest))
 
 
-def _statistics(shape: SiteShape, seen: ChannelRange, greatest: Tensor) -> SiteStatistics:
-    """Reduces over the query group: each argument (channels) → (blocks, size)."""
+def _statistics(shape: SiteShape, seen: Sequence[ChannelRange], greatest: Tensor) -> SiteStatistics:
+    """Reduces over the query group: each argument (channels) → (blocks, size).
+
+    An expert that no token reached counts as seen with activations from −1 to 1: its weights alone decide.
+    """
+    unit = torch.ones_like(greatest[: len(greatest) // len(seen)])  # (channels of an expert)
+    low = torch.cat([one.low if one.tokens else -unit for one in seen])  # (channels), like all below
+    high = torch.cat([one.high if one.tokens else unit for one in seen])
+    mean = torch.cat([one.total / one.tokens if one.tokens else 0 * unit for one in seen])
     return SiteStatistics(
-        low=shape.split(seen.low).amin(1),
-        high=shape.split(seen.high).amax(1),
-        mean=shape.split(seen.total / seen.tokens).mean(1),
+        low=shape.split(low).amin(1),
+        high=shape.split(high).amax(1),
+        mean=shape.split(mean).mean(1),
         weight_max=shape.split(greatest).amax(1),
     )

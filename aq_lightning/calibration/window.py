@@ -13,6 +13,7 @@ from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.streams import Arguments, check_finite, run, to_device
 from aq_lightning.models.loading import Pretrained
+from aq_lightning.models.naming import from_checkpoint, to_checkpoint
 from aq_lightning.models.sites import Architecture, Heads
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import MinMax
@@ -74,19 +75,22 @@ class LiveWindow:
         return mean if math.isfinite(mean) else math.inf
 
     def merge(self, attached: Sequence[AttachedBlock]) -> dict[str, QTensor | Tensor]:
-        """Rounds for good; the model's tensors by their full names."""
+        """Rounds for good; the model's tensors by their full names in checkpoints."""
+        architecture = self.pretrained.architecture
         return {
-            f"{self.pretrained.architecture.blocks}.{index}.{name}": tensor
+            f"{architecture.blocks}.{index}.{name}": tensor
             for index, block in zip(self.indices, attached, strict=True)
-            for name, tensor in merge(block, self.pretrained.storage, self._biased).items()
+            for name, tensor in to_checkpoint(
+                merge(block, self.pretrained.storage, self._biased), architecture, block.block
+            ).items()
         }
 
     def install(self, weights: Weights) -> None:
-        """Gives the blocks the tensors of a finished window, by their full names."""
+        """Gives the blocks the tensors of a finished window, by their full names in checkpoints."""
         for index, block in zip(self.indices, self.blocks, strict=True):
             prefix = f"{self.pretrained.architecture.blocks}.{index}."
             mine = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-            install(block, mine)
+            install(block, from_checkpoint(mine, self.pretrained.architecture))
 
     def release(self) -> None:
         """Frees the blocks' memory, and the streams that a Trainer's loops hold in reference cycles."""
@@ -106,7 +110,7 @@ class LiveWindow:
 def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe: Recipe) -> list[str]:
     """Config switches that must be on for the recipe's result: those of the linears that gain a bias.
 
-    Works on the meta device, and so checks before any weight is read that the recipe fits the architecture.
+    Works on the meta device.
 
     Raises:
         RequestError: see :func:`aq_lightning.calibration.attach.attach`.
@@ -114,5 +118,6 @@ def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe:
     attached = attach(
         block, architecture, heads, recipe.transforms, recipe.weight_quantizer, recipe.scheme, torch.float32
     )
+    attached.detach()
     gained = gained_biases(attached)
     return [switch for switch, together in architecture.bias_switches.items() if gained & set(together)]

@@ -1,6 +1,8 @@
 """Scores of any Hugging Face model."""
 
 from aq_lightning.evaluation.bits import effective_bits as effective_bits
+from aq_lightning.evaluation.overhead import overhead as overhead
+from aq_lightning.evaluation.overhead import overhead_lines as overhead_lines
 from aq_lightning.evaluation.perplexity import PerplexityTest as PerplexityTest
 from aq_lightning.evaluation.table import Row as Row
 from aq_lightning.evaluation.table import render as render

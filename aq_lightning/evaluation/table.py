@@ -15,7 +15,9 @@ class Row:
     perplexity: float
     """On the evaluation windows."""
     bits: float
-    """Effective bits per weight of the linears in the blocks: codes, scales, zero points, added biases."""
+    """Effective bits per weight of the linears in the blocks: codes, scales, zero points, biases, online products."""
+    overhead: float = 0.0
+    """Multiply–adds per token of online products, in percent of those of the linears in the blocks."""
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -23,10 +25,13 @@ class Row:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Aligned text, one line per model."""
+    """Aligned text, one line per model; the overhead has a column where some model has one."""
     width = max(len(row.model) for row in rows)
     lines = [f"{'model':<{width}}  {'perplexity':>10}  {'bits/weight':>11}"]
     lines += [f"{row.model:<{width}}  {_figure(row.perplexity):>10}  {row.bits:>11.3f}" for row in rows]
+    if any(row.overhead for row in rows):
+        ends = ["multiply–adds", *(f"+{row.overhead:.2f} %" for row in rows)]
+        lines = [f"{line}  {end:>13}" for line, end in zip(lines, ends, strict=True)]
     return "\n".join(lines)
 
 

@@ -9,13 +9,15 @@ A weight ``<name>`` of shape (N, K) with b-bit codes in G groups becomes
 ``<name>_shape``          int64 (2,)                  N, K
 ========================  ==========================  ==================================================================
 
-Other tensors are stored as they are. Words are those of :mod:`aq_lightning.kernels.layout`; which layout was used is
-noted in the header of each safetensors file, for nothing in the format says it.
+Other tensors are stored as they are. A model with online products, which no client of the format can run, gets another
+``quant_method`` around its section, and files of another name: transformers only warns of an unknown method, and would
+go on with random weights if it found any file of its own. Words are those of :mod:`aq_lightning.kernels.layout`; which
+layout was used is noted in the header of each safetensors file, for nothing in the format says it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +26,18 @@ import torch
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.export.compressed_tensors_config import quantization_config, scheme_of
-from aq_lightning.export.directory import StoredTensors, read_config, write_directory
+from aq_lightning.export.compressed_tensors_config import (
+    METHOD,
+    online_config,
+    quantization_config,
+    scheme_of,
+    without_online,
+)
+from aq_lightning.export.directory import Description, StoredTensors, read_config, write_directory
 from aq_lightning.kernels.layout import LAYOUTS, Layout, pack_words, same_in_both, unpack_words, words
 from aq_lightning.qtensor import QTensor
 from aq_lightning.scheme import Grid, Scheme
+from aq_lightning.transforms.online import carrier
 
 LAYOUT_NOTE = "aq_lightning.layout"
 _PARTS = ("_packed", "_scale", "_zero_point", "_shape")
@@ -139,9 +148,17 @@ def write(
         RequestError: ``out`` has content, a weight has another grid than the scheme's, or see
             :func:`~aq_lightning.export.directory.write_directory` and :func:`compress`.
     """
-    config = {**source_config, "quantization_config": quantization_config(scheme, ignore)}
+    section = quantization_config(scheme, ignore)
+
+    def description(names: Collection[str]) -> Description:
+        online = sorted({carrier(name) for name in names} - {""})
+        if not online:
+            return Description({**source_config, "quantization_config": section})
+        refused = {"transformers_weights": f"none, for its online products run in {METHOD} only"}
+        return Description({**source_config, **refused, "quantization_config": online_config(section, online)}, METHOD)
+
     stored = map(partial(_stored, grid=scheme.weight, layout=layout), shards)
-    write_directory(out, config, stored, {LAYOUT_NOTE: layout}, extra_files)
+    write_directory(out, description, stored, {LAYOUT_NOTE: layout}, extra_files)
 
 
 class Checkpoint(Mapping[str, "QTensor | Tensor"]):
@@ -176,8 +193,16 @@ def read(directory: Path) -> tuple[Scheme, Checkpoint]:
     config = read_config(directory)
     if "quantization_config" not in config:
         raise RequestError(f"A quantized checkpoint's config.json has a quantization_config, got none in {directory}.")
-    scheme = scheme_of(config["quantization_config"])
-    return scheme, Checkpoint(StoredTensors(directory), scheme.weight)
+    section, online = without_online(config["quantization_config"])
+    scheme = scheme_of(section)
+    checkpoint = Checkpoint(StoredTensors(directory, METHOD) if online else StoredTensors(directory), scheme.weight)
+    found = sorted({carrier(name) for name in checkpoint} - {""})
+    if found != online:
+        raise RequestError(
+            f"A checkpoint holds the online products that its config.json names, got {found[:3]} … for {online[:3]} … "
+            f"in {directory}: write it again."
+        )
+    return scheme, checkpoint
 
 
 def load_dense(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:

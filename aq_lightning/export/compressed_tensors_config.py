@@ -9,6 +9,8 @@ from aq_lightning.errors import RequestError
 from aq_lightning.scheme import Grid, Scheme
 
 FORMAT = "pack-quantized"
+METHOD = "aq_lightning"
+"""``quant_method`` of checkpoints that only this package runs."""
 
 # Keys whose value must be the one given; the clients' parsers accept no key that is not in these tables.
 _CONFIG: dict[str, Any] = {
@@ -67,6 +69,20 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
         weight=_grid(f"{name}.weights", group.get("weights") or {}, ("group", "channel"), dynamic=False),
         activation=None if inputs is None else _grid(f"{name}.input_activations", inputs, ("token",), dynamic=True),
     )
+
+
+def online_config(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """A ``quantization_config`` for a model whose ``modules`` carry online products: another method's, for no client of
+    compressed-tensors can run them; the inverse of :func:`without_online`."""
+    return {"quant_method": METHOD, "compressed_tensors": config, "online": list(modules)}
+
+
+def without_online(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The section of compressed-tensors in a ``quantization_config``, and the modules that carry online products."""
+    if config.get("quant_method") != METHOD:
+        return config, []
+    _expect("quantization_config", config, {"quant_method": METHOD}, {"compressed_tensors", "online"})
+    return config["compressed_tensors"], config["online"]
 
 
 def _arguments(grid: Grid, strategy: str, *, dynamic: bool, observer: str | None = None) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,19 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a model directory says of its tensors."""
+
+    config: Mapping[str, Any]
+    """Content of ``config.json``."""
+    stem: str = "model"
+    """First part of the weights' file names; transformers finds none under another."""
+
+
 def write_directory(
     out: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | Callable[[Collection[str]], Description],
     shards: Iterable[Mapping[str, Tensor]],
     metadata: Mapping[str, str],
     extra_files: Iterable[Path] = (),
@@ -43,7 +54,7 @@ def write_directory(
 
     Args:
         out: the directory to make; may exist if empty.
-        config: content of ``config.json``.
+        config: content of ``config.json``; or, where it depends on what is stored, a function of the tensors' names.
         shards: tensors of one safetensors file each; consumed lazily, one shard in memory at a time.
         metadata: header of every safetensors file, ``{"format": "pt"}`` being added as transformers requires.
         extra_files: files to copy beside the weights, under their own names.
@@ -57,26 +68,29 @@ def write_directory(
     with _atomic(out) as partial:
         for source in extra_files:
             shutil.copyfile(source, partial / source.name)
-        _write_shards(partial, shards, {"format": "pt", **metadata})
-        _write_json(partial / CONFIG, config)
+        files = _write_shards(partial, shards, {"format": "pt", **metadata})
+        description = config(files.keys()) if callable(config) else Description(config)
+        _name_shards(partial, files, description.stem)
+        _write_json(partial / CONFIG, description.config)
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a model directory by name, each read from its file when asked for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stem: str = "model") -> None:
         """
         Raises:
-            RequestError: the directory has no safetensors weights.
+            RequestError: the directory has no safetensors weights of that stem.
         """
-        if (directory / INDEX).is_file():
-            weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        single, index = _renamed(SINGLE, stem), _renamed(INDEX, stem)
+        if (directory / index).is_file():
+            weight_map = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"]
             self._files: dict[str, Path] = {name: directory / file for name, file in weight_map.items()}
-        elif (directory / SINGLE).is_file():
-            with safe_open(directory / SINGLE, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), directory / SINGLE)
+        elif (directory / single).is_file():
+            with safe_open(directory / single, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), directory / single)
         else:
-            raise RequestError(f"A model directory holds {SINGLE} or {INDEX}, got {directory}: give another path.")
+            raise RequestError(f"A model directory holds {single} or {index}, got {directory}: give another path.")
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
@@ -143,27 +157,40 @@ def _atomic(out: Path) -> Iterator[Path]:
     sync(out.parent)
 
 
-def _write_shards(folder: Path, shards: Iterable[Mapping[str, Tensor]], metadata: dict[str, str]) -> None:
-    """Writes the shards under temporary names, as their number is unknown, then names them and writes the index."""
-    files: dict[str, int] = {}  # tensor name → shard number, from 0
-    count = total_size = 0
+def _write_shards(
+    folder: Path, shards: Iterable[Mapping[str, Tensor]], metadata: dict[str, str]
+) -> dict[str, tuple[int, int]]:
+    """Writes the shards under temporary names, as their number is unknown: tensor → shard number from 0, and bytes."""
+    files: dict[str, tuple[int, int]] = {}
+    count = 0
     for shard in shards:
         twice = files.keys() & shard.keys()
         if twice:
             raise RequestError(f"A tensor belongs to one shard, got {sorted(twice)} in two: write each once.")
         save_tensors(folder / f"{count}.part", shard, metadata)
-        files |= dict.fromkeys(shard, count)
-        total_size += sum(tensor.nbytes for tensor in shard.values())
+        files |= {name: (count, tensor.nbytes) for name, tensor in shard.items()}
         count += 1
         del shard  # free it before the next is made
     if count == 0:
         raise RequestError("A model directory holds at least 1 shard of tensors, got 0: pass the model's tensors.")
-    names = [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    return files
+
+
+def _name_shards(folder: Path, files: Mapping[str, tuple[int, int]], stem: str) -> None:
+    """Names the shards that :func:`_write_shards` left, and writes the index if there are several."""
+    count = len(list(folder.glob("*.part")))
+    names = [f"{stem}-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    names = names if count > 1 else [_renamed(SINGLE, stem)]
     for k, name in enumerate(names):
         (folder / f"{k}.part").rename(folder / name)
     if count > 1:
-        weight_map = {tensor: names[k] for tensor, k in files.items()}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        weight_map = {tensor: names[k] for tensor, (k, _) in files.items()}
+        total_size = sum(size for _, size in files.values())
+        _write_json(folder / _renamed(INDEX, stem), {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _renamed(file: str, stem: str) -> str:
+    return stem + file.removeprefix("model")
 
 
 def _check_extra(files: tuple[Path, ...]) -> None:

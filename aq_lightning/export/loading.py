@@ -9,9 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
 from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate
+from aq_lightning.models.lookup import architecture_of
+from aq_lightning.models.naming import from_checkpoint
 from aq_lightning.scheme import Scheme
+from aq_lightning.transforms.online import carrier, carry_stored
 
 
 def open_model(
@@ -19,8 +23,9 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Scheme | None]:
     """A causal language model on the CPU, its tokenizer, and the scheme if it is quantized.
 
-    Quantized weights are dequantized into an ordinary model, without any other package; activation quantization is
-    for the caller to apply (:func:`aq_lightning.quantizers.quantized_activations`).
+    Quantized weights are dequantized into an ordinary model, without any other package; its modules carry the online
+    products that the checkpoint holds. Activation quantization is for the caller to apply
+    (:func:`aq_lightning.quantizers.quantized_activations`).
 
     Args:
         pretrained: directory, hub id or ``embedded``.
@@ -40,7 +45,10 @@ def open_model(
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    missing, unexpected = model.load_state_dict(load_dense(directory, dtype), strict=False, assign=True)
+    run_here(model.config)
+    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
+    carry_stored(model, {name: tensor for name, tensor in tensors.items() if carrier(name)})
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     absent = set(missing) - set(model.all_tied_weights_keys)
     if absent or unexpected:

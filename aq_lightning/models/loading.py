@@ -15,11 +15,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import run_here
 from aq_lightning.models.lookup import architecture_of, heads_of
+from aq_lightning.models.naming import renamed
 from aq_lightning.models.sites import Architecture, Heads
 
 EMBEDDED = "embedded"
@@ -64,13 +73,21 @@ class Pretrained:
         return heads_of(self.model.config, self.architecture)
 
     def unquantized(self) -> list[str]:
-        """Linears outside the blocks: the output head."""
+        """Linears in full precision, as checkpoints name them: the output head, and the routers of experts."""
         inside = {module for block in self.blocks for module in block.modules()}
-        return [
+        heads = [
             name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module not in inside
         ]
+        readers = [name for site in self.architecture.sites for name in site.consumers]
+        routers = [
+            renamed(f"{self.architecture.blocks}.{index}.{name}", self.architecture)
+            for index, block in enumerate(self.blocks)
+            for name in readers
+            if name not in self.architecture.experts and not isinstance(block.get_submodule(name), nn.Linear)
+        ]
+        return heads + routers
 
     def outside(self) -> dict[str, Tensor]:
         """Tensors outside the blocks by name, in the storage dtype; of tied ones the first."""
@@ -166,7 +183,9 @@ def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
     config = load_config(source, trust_remote_code)
     architecture = architecture_of(config)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    return Pretrained(source, load_model(source, "auto", trust_remote_code), tokenizer, architecture)
+    model = load_model(source, "auto", trust_remote_code)
+    run_here(model.config)
+    return Pretrained(source, model, tokenizer, architecture)
 
 
 def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:
@@ -182,6 +201,11 @@ def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:
         for file in Path(pretrained.source.location).glob(pattern):
             shutil.copyfile(file, directory / file.name)
     return sorted(path for path in directory.iterdir() if path.is_file())
+
+
+def storage_of(source: Source, config: PreTrainedConfig) -> torch.dtype:
+    """Dtype of a model's tensors in its checkpoint, before any is read."""
+    return torch.float16 if source.gguf_file else config.dtype or torch.float16
 
 
 def skeleton(config: object) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 
@@ -97,13 +97,23 @@ class Site:
     producer: str
     """Norm or linear whose output is multiplied by ``A⁻¹``."""
     consumers: tuple[str, ...] = ()
-    """Linears that read the transformed activation: their weights become ``W Aᵀ``."""
+    """Linears that read the transformed activation: their weights become ``W Aᵀ``. A router comes before experts."""
     dual: str = ""
     """Norm or linear whose output is multiplied by ``Aᵀ`` instead (keys: queries times keys must not change)."""
     absorbs: frozenset[Group] = frozenset({Group.DIAGONAL})
     """Which maps fold here at no run-time cost; any other is refused."""
     per_head: bool = False
     """Whether the channels are heads, and the map is shared by the query heads of one key-value head."""
+    per_expert: bool = False
+    """Whether the channels are those inside the experts: each expert has its own, and its own map."""
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """A consumer's weight (…, in) → (…, channels of the site)."""
+        return weight.transpose(0, 1).flatten(1) if self.per_expert else weight
+
+    def from_columns(self, columns: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`columns`, in the shape of ``weight``."""
+        return columns.unflatten(1, (weight.shape[0], -1)).transpose(0, 1) if self.per_expert else columns
 
 
 @dataclass(frozen=True)
@@ -136,17 +146,19 @@ class SiteShape:
 
 @dataclass(frozen=True)
 class Member:
-    """One side of a site: a module of the block, or one part of a fused linear."""
+    """One side of a site: a module of the block, the stacked linears of its experts, or one part of a fused linear."""
 
     module: str
     """Path relative to the block."""
     rows: Rows | None = None
     """Output rows that belong to it; None: all."""
+    stacked: bool = False
+    """Whether it is a parameter (experts, out, in) instead of a module with a weight."""
 
     @property
     def weight(self) -> str:
         """Name of its weight in the block."""
-        return f"{self.module}.weight"
+        return self.module if self.stacked else f"{self.module}.weight"
 
     @property
     def bias(self) -> str:
@@ -154,12 +166,19 @@ class Member:
         return f"{self.module}.bias"
 
     def read(self, x: Tensor) -> Tensor:
-        """(rows, …) of the module → (rows of the member, …)."""
-        return x if self.rows is None else self.rows.read(x)
+        """(rows, …) of the module → (rows of the member, …), of stacked linears expert after expert."""
+        rows = self._rows(x)
+        x = x.flatten(0, 1) if self.stacked else x
+        return x if rows is None else rows.read(x)
 
     def write(self, x: Tensor, own: Tensor) -> Tensor:
         """(rows, …) of the module with the member's rows replaced."""
-        return own if self.rows is None else self.rows.write(x, own)
+        rows = self._rows(x)
+        flat = x.flatten(0, 1) if self.stacked else x
+        return (own if rows is None else rows.write(flat, own)).reshape(x.shape)
+
+    def _rows(self, x: Tensor) -> Rows | None:
+        return replace(self.rows, repeats=len(x)) if self.stacked and self.rows is not None else self.rows
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,11 @@ class Architecture:
     """Config field → the values for which these data are true; a model with another is refused by name."""
     fused: Mapping[str, Fused] = field(default_factory=lambda: MappingProxyType({}))
     """Linear → the parts stacked in its rows."""
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Parameter (experts, out, in), which stacks a linear of every expert → where checkpoints keep one expert's rows,
+    in order and equally many: paths of linears relative to the block, with ``*`` for the expert's number."""
+    stored: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Module → its path in checkpoints, where that is another."""
     heads: str = "num_attention_heads"
     """Config field with the number of query heads."""
     key_value_heads: str | int = "num_key_value_heads"
@@ -191,4 +215,5 @@ class Architecture:
     def member(self, name: str, heads: Heads) -> Member:
         """The side of a site that ``name`` names: a module, or ``linear:part``."""
         module, _, part = name.partition(":")
-        return Member(module, self.fused[module].rows(part, heads) if part else None)
+        rows = self.fused[module].rows(part, heads) if part else None
+        return Member(module, rows, stacked=module in self.experts)

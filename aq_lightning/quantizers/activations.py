@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from aq_lightning.experts import experts_of, hooked
 from aq_lightning.qtensor import decode, encode, grid_of
 from aq_lightning.scheme import Grid
 
@@ -29,12 +30,18 @@ def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
 
 @contextmanager
 def quantized_activations(modules: Iterable[nn.Module], grid: Grid | None) -> Iterator[None]:
-    """While it is open, every linear inside ``modules`` sees its input quantized; None changes nothing."""
+    """While it is open, every linear inside ``modules`` sees its input quantized; None changes nothing.
+
+    The linears of experts do too; a router, which decides in full precision, does not.
+    """
     with ExitStack() as hooks:
         for module in modules if grid is not None else ():
-            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
-                handle = linear.register_forward_pre_hook(
+            linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+            for reader in linears + experts_of(module):
+                handle = reader.register_forward_pre_hook(
                     lambda _, inputs, grid=grid: (quantize_tokens(inputs[0], grid), *inputs[1:])
                 )
                 hooks.callback(handle.remove)
+            for experts in experts_of(module):
+                hooks.enter_context(hooked(experts, lambda _, inner, grid=grid: quantize_tokens(inner, grid)))
         yield

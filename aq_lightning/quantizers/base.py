@@ -13,13 +13,13 @@ from aq_lightning.scheme import Grid
 
 
 class WeightQuantizer(nn.Module, ABC):
-    """Rounds one linear's weight to its grid. A subclass gives each group's range, nothing else.
+    """Rounds one linear's weight, or the stacked ones of experts, to its grid. A subclass gives each group's range.
 
     Training's fake quantization and the merged :class:`QTensor` come from the same lines.
 
     Args:
         grid: bits, group size, symmetry.
-        shape: (out, in) of the weight.
+        shape: (out, in) of the weight, (experts · out, in) of stacked ones.
         storage: dtype of the scales in the checkpoint.
 
     Raises:
@@ -37,18 +37,18 @@ class WeightQuantizer(nn.Module, ABC):
         """Range of each group: (out, groups, size) → low and high, each (out, groups, 1)."""
 
     def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, in) → codes (out, groups, size), scale and zero (out, groups, 1)."""
+        """(…, in) → codes (out, groups, size), scale and zero (out, groups, 1)."""
         groups = weight.reshape(self.grouped)
         scale, zero = grid_of(*self.limits(groups), self.grid, self.storage)
         return encode(groups, scale, zero, self.grid), scale, zero
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake quantization: the weight the integers stand for, (out, in) in the dtype given; differentiable."""
-        return decode(*self._encode(weight)).flatten(1)
+        """Fake quantization: the weight the integers stand for, in the shape and dtype given; differentiable."""
+        return decode(*self._encode(weight)).reshape(weight.shape)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QTensor:
-        """The integers themselves; ``weight`` is (out, in)."""
+        """The integers themselves, (out, in); rows of stacked weights follow one another."""
         codes, scale, zero = self._encode(weight)
         return QTensor(
             codes.flatten(1).to(torch.uint8),

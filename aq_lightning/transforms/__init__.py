@@ -1,12 +1,14 @@
-"""Invertible maps that fold into the weights around a site."""
+"""Invertible maps at the sites of a block: most fold into the weights around them, some stay online."""
 
 from aq_lightning.transforms.affine import Affine as Affine
+from aq_lightning.transforms.affine import Schedule as Schedule
 from aq_lightning.transforms.base import Factor as Factor
 from aq_lightning.transforms.base import FactorFactory as FactorFactory
 from aq_lightning.transforms.base import Map as Map
 from aq_lightning.transforms.base import SiteStatistics as SiteStatistics
 from aq_lightning.transforms.base import Transform as Transform
 from aq_lightning.transforms.diagonal import Diagonal as Diagonal
+from aq_lightning.transforms.online import Operation as Operation
 from aq_lightning.transforms.pair_scale import PairScale as PairScale
 from aq_lightning.transforms.rope_pair import RopePair as RopePair
 from aq_lightning.transforms.shift import Shift as Shift

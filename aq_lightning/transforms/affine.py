@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
-from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.base import Factor, Map, SiteStatistics, condition_number
+from aq_lightning.transforms.inverse import TOLERANCE, Method, inverse
+from aq_lightning.transforms.online import BlockProduct, Operation, block_product
+
+Schedule = Literal["exact", "paper", "none"]
+"""How the band widens: see :func:`band_width`."""
 
 _LEAST_DIAGONAL = 1e-3  # of matrices that start at the identity
 
 
-def band_width(epoch: int, epochs: int, size: int) -> int:
+def band_width(epoch: int, epochs: int, size: int, schedule: Schedule = "exact") -> int:
     """Off-diagonals open on each side in ``epoch`` (0 … epochs − 1): none at first, all ``size − 1`` at last.
 
-    One epoch opens all at once. Integer arithmetic, so that the corner entries open too (the reference's floating
-    point leaves them shut at size 4096 and 20 epochs).
+    One epoch opens all at once.
+
+    Args:
+        epoch, epochs, size: where the schedule stands, and the matrix's side.
+        schedule: ``exact``, ⌊(size − 1) epoch / (epochs − 1)⌋ in integer arithmetic; ``paper``, the same in the
+            floating point of the published code, which at some sizes (4096 in 20 epochs) never opens the corner
+            entries; ``none``, everything open from the first epoch on.
     """
-    return size - 1 if epochs <= 1 else (size - 1) * epoch // (epochs - 1)
+    if epochs <= 1 or schedule == "none":
+        return size - 1
+    if schedule == "paper":
+        return int((size - 1) / (epochs - 1) * epoch)
+    return (size - 1) * epoch // (epochs - 1)
 
 
 def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tensor:
@@ -29,6 +43,23 @@ def gradual_mask(size: int, width: int, stability: float, like: Tensor) -> Tenso
     distance = (index[:, None] - index).abs()  # (size, size)
     band = (distance <= width).to(like.dtype) * stability
     return torch.where(distance == 0, torch.ones((), dtype=like.dtype, device=like.device), band)
+
+
+def _divided(shape: SiteShape, block: int, online: bool) -> SiteShape:
+    """The channels of a site as blocks of another width.
+
+    Raises:
+        RequestError: the width does not divide them, or the matrix would fold, which takes the site's own blocks.
+    """
+    if not online:
+        raise RequestError(f"Affine.block cuts an online matrix, got {block} without online: add online: true, or "
+                           "leave block out for the site's own blocks.")  # fmt: skip
+    if block < 1 or shape.channels % block:
+        divisors = [width for width in range(1, shape.channels) if shape.channels % width == 0]
+        common = [width for width in divisors if width % 64 == 0] or divisors
+        raise RequestError(f"Affine.block must divide the {shape.channels} channels of its site, got {block}: use "
+                           f"{' or '.join(map(str, common))}, or null for one matrix.")  # fmt: skip
+    return SiteShape(shape.channels // block, block)
 
 
 class Affine(Factor):
@@ -42,31 +73,52 @@ class Affine(Factor):
         shape: blocks (key-value heads) and channels of each.
         stability: factor on the off-diagonals (the paper's α, its code's ``sf``), in (0, 1].
         dominance: greatest ratio of a row's off-diagonals, summed in absolute value, to its diagonal, in (0, 1);
-            None leaves the matrix free, as the paper's code does.
+            None leaves the matrix free, as the paper's code does, and inverts it with pivoting.
+        inverse: how it is inverted in training: see :func:`aq_lightning.transforms.inverse.inverse`.
+        online: whether the activation is multiplied by A⁻¹ at run time: at any site with consumers, at a cost.
+        block: width of an online matrix's diagonal blocks; None: the site's own, all channels or those of a head.
     """
 
     group: ClassVar[Group] = Group.HEAD
 
-    def __init__(self, shape: SiteShape, stability: float = 0.1, dominance: float | None = 0.9) -> None:
+    def __init__(
+        self,
+        shape: SiteShape,
+        stability: float = 0.1,
+        dominance: float | None = 0.9,
+        inverse: Method = "lu",
+        online: bool = False,
+        block: int | None = None,
+    ) -> None:
         super().__init__()
+        if block is not None:
+            shape = _divided(shape, block, online)
+        self.online = online
         if not 0 < stability <= 1:
             raise RequestError(f"Affine.stability lies in (0, 1], got {stability}: 0.1 is the paper's for heads.")
         if dominance is not None and not 0 < dominance < 1:
             raise RequestError(f"Affine.dominance lies in (0, 1), got {dominance}: use 0.9, or null for none.")
+        if inverse not in get_args(Method):
+            raise RequestError(f"Affine.inverse is lu, newton or pivoted, got {inverse!r}: lu is the fastest.")
         self.shape = shape
         self.dominance = dominance
         self.stability = stability
+        self.method = inverse if dominance is not None else "pivoted"
         self.matrix = nn.Parameter(torch.eye(shape.size, dtype=torch.float64).repeat(shape.blocks, 1, 1))
         self.register_buffer("mask", gradual_mask(shape.size, 0, stability, self.matrix))  # (size, size)
+        last = self.matrix.detach().clone() if self.method == "newton" else None  # (blocks, size, size): an inverse
+        self.register_buffer("last", last, persistent=False)
+        for worst in ("residual", "worst_bound"):  # of inverse and bound, since they were zeroed
+            self.register_buffer(worst, self.matrix.new_zeros(()), persistent=False)
 
     def initialize(self, statistics: SiteStatistics) -> None:
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
 
-    def open_band(self, epoch: int, epochs: int) -> bool:
+    def open_band(self, epoch: int, epochs: int, schedule: Schedule = "exact") -> bool:
         """Sets the mask of ``epoch`` (0 … epochs − 1), whose new entries start at 0; says whether it widened."""
-        width = band_width(epoch, epochs, self.shape.size)
+        width = band_width(epoch, epochs, self.shape.size, schedule)
         self.mask.copy_(gradual_mask(self.shape.size, width, self.stability, self.mask))
-        return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size)
+        return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size, schedule)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -91,22 +143,47 @@ class Affine(Factor):
         diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
         return (1 - (matrix.abs().sum(-1) - diagonal) / diagonal).min()
 
+    def bound(self) -> Tensor:
+        """Varah's bound on the condition number in the ∞-norm, infinite without dominance; float64 scalar.
+
+        ``‖A‖∞ ‖A⁻¹‖∞ ≤ max Σ|row| / min(|diagonal| − Σ|off-diagonals|)`` (Varah 1975), the worst block.
+        """
+        matrix = self.effective().detach()
+        sums = matrix.abs().sum(-1)  # (blocks, size)
+        gaps = 2 * matrix.diagonal(dim1=-2, dim2=-1).abs() - sums  # (blocks, size)
+        return (sums.amax(-1) / gaps.amin(-1).clamp(min=0)).max()
+
     def effective(self) -> Tensor:
         """``A ⊙ mask``, float64 (blocks, size, size)."""
         return self.matrix * self.mask
 
     def forward(self, dtype: torch.dtype) -> Map:
         matrix = self.effective()
-        inverse = torch.linalg.inv_ex(matrix).inverse.to(dtype)  # inv_ex: no host synchronization
+        inverted = self._inverse(matrix).to(dtype)
         transposed = matrix.mT.to(dtype)
-        return Map(lambda x: self._times(x, inverse), lambda w: self._times(w, transposed))
+        return Map(
+            lambda x: block_product(x, inverted),
+            lambda w: block_product(w, transposed),
+            online=({"inverse": inverted},) if self.online else (),
+        )
 
-    def _times(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """(…, blocks · group · size) times each block's (size, size)."""
-        return self.shape.join(torch.einsum("...bgs,bst->...bgt", self.shape.split(x), matrix))
+    def _inverse(self, matrix: Tensor) -> Tensor:
+        """(blocks, size, size). In training the residual is kept, and on a GPU not looked at: see :meth:`doubt`."""
+        if not torch.is_grad_enabled():
+            return inverse(matrix, "lu" if self.method == "newton" else self.method)[0]
+        found, residual = inverse(matrix, self.method, self.last, wait=not matrix.is_cuda)
+        self.residual.copy_(torch.maximum(self.residual, residual.detach()))
+        if self.last is not None:
+            self.last.copy_(found.detach())
+        return found
+
+    def doubt(self) -> None:
+        """Turns to pivoting for good if the inverse was ever out of tolerance."""
+        if not float(self.residual) <= TOLERANCE:
+            self.method = "pivoted"
+
+    def operation(self) -> Operation:
+        return BlockProduct(inverse=torch.empty_like(self.matrix, device="meta"))
 
     def condition(self) -> Tensor:
-        matrix = self.effective().detach()
-        if not bool(torch.isfinite(matrix).all()):
-            return matrix.new_tensor(float("inf"))
-        return torch.linalg.cond(matrix).max()
+        return condition_number(self.effective().detach())

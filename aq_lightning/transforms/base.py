@@ -6,15 +6,17 @@ Row vectors and torch's layout, :math:`y = x W^T + b` with W of shape (out, in).
 
 hence :math:`x' W'^T + b' = x W^T + b` exactly. A transform is an ordered list of factors, each an invertible map
 whose two directions are all that training, merging and export ever use: ``inverse`` on activations (and on whatever
-produces them) and ``transpose`` on the weights that read them. Parameters are float64; a map is handed out in the
-precision that its user asks for, its inverse always computed in float64.
+produces them) and ``transpose`` on the weights that read them. The inverse of an online factor multiplies the
+activation at run time; all others fold. Parameters are float64; a map is handed out in the precision that its user asks
+for, its inverse always computed in float64.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
+from aq_lightning.transforms.online import Operation
 
 
 class Map(NamedTuple):
@@ -33,6 +36,10 @@ class Map(NamedTuple):
     """``w ↦ w Aᵀ``."""
     shift: Callable[[int], Tensor] | None = None
     """Number of channels ↦ δ over them, (channels); None: no shift."""
+    folded: Callable[[Tensor], Tensor] | None = None
+    """The part of ``inverse`` that acts on whatever produces x; None: all of it."""
+    online: tuple[Mapping[str, Tensor], ...] = ()
+    """Tensors of the operations that are the rest of ``inverse``, in order."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class Factor(nn.Module, ABC):
 
     group: ClassVar[Group]
     """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
+    shape: SiteShape
+    """Blocks of channels that it mixes."""
+    online: bool = False
+    """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
 
     @abstractmethod
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -71,15 +82,26 @@ class Factor(nn.Module, ABC):
     def condition(self) -> Tensor:
         """Condition number of ``A`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best."""
 
+    def operation(self) -> Operation | None:
+        """What the factor does at run time if it is online, its tensors on the meta device; None: it only folds."""
+        return None
+
 
 class Transform(nn.Module):
-    """The factors of one site, applied to activations in the order given: ``x' = (x − δ) A₁⁻¹ A₂⁻¹ …``."""
+    """The factors of one site, applied to activations in the order given: ``x' = (x − δ) A₁⁻¹ A₂⁻¹ …``.
+
+    Online ones are the last: they act on what the producer, with all others folded into it, answers.
+    """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
         super().__init__()
         late = [type(factor).__name__ for factor in factors[1:] if factor.group is Group.SHIFT]
         if late:
             raise RequestError(f"A shift must be the first factor of its transform, got {late[0]} later: move it up.")
+        late = [type(b).__name__ for a, b in pairwise(factors) if a.online and not b.online]
+        if late:
+            raise RequestError(f"What folds comes before what is online, got {late[0]} behind an online factor: "
+                               "move it up.")  # fmt: skip
         self.factors = nn.ModuleList(factors)
 
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -91,24 +113,55 @@ class Transform(nn.Module):
         """The composed map in ``dtype``."""
         maps = [factor(dtype) for factor in self.factors]
 
-        def inverse(x: Tensor) -> Tensor:
-            for each in maps:
-                x = each.inverse(x)
-            return x
+        inverse = _chain([each.inverse for each in maps])
+        transpose = _chain([each.transpose for each in maps])
+        folded = _chain([each.inverse for each in maps if not each.online])
+        online = tuple(tensors for each in maps for tensors in each.online)
+        return Map(inverse, transpose, maps[0].shift if maps else None, folded, online)
 
-        def transpose(w: Tensor) -> Tensor:
-            for each in maps:
-                w = each.transpose(w)
-            return w
-
-        return Map(inverse, transpose, maps[0].shift if maps else None)
+    def online(self) -> list[Factor]:
+        """The factors that act at run time."""
+        return [factor for factor in self.factors if factor.online]
 
     def condition(self) -> Tensor:
-        """Bound on the condition number of the product: the product of the factors' own; float64 scalar."""
+        """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best.
+
+        Of factors whose blocks differ it is the product of their own, a bound.
+        """
+        mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
+        if len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
+            return condition_number(self.explicit())
         product = torch.ones((), dtype=torch.float64)
-        for factor in self.factors:
+        for factor in mixing:
             product = product * factor.condition().cpu()
         return product
+
+    @torch.no_grad()
+    def explicit(self) -> Tensor:
+        """``A₁ A₂ …`` itself, of factors whose blocks are the same; float64 (blocks, size, size)."""
+        shape = self.factors[0].shape
+        device = next(self.parameters()).device
+        unit = torch.eye(shape.size, dtype=torch.float64, device=device)  # one row of each block at a time
+        columns = self(torch.float64).transpose(unit.repeat(1, shape.blocks))  # I Aᵀ, (size, blocks · size)
+        return shape.split(columns)[:, :, 0].permute(1, 2, 0)
+
+
+def condition_number(matrix: Tensor) -> Tensor:
+    """The worst of (…, size, size) in the spectral norm; infinite if anything is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return matrix.new_tensor(float("inf"))
+    return torch.linalg.cond(matrix).max()
+
+
+def _chain(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """One function after the other."""
+
+    def chained(x: Tensor) -> Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return chained
 
 
 FactorFactory = Callable[[SiteShape], Factor]

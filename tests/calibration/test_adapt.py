@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import MODELS, tiny
@@ -41,6 +43,28 @@ def test_mistakes_are_refused(wish) -> None:
     model = tiny("qwen3")
     with pytest.raises(RequestError, match=next(iter(wish))):
         adapt(model.blocks[0], model.architecture, model.heads, wish, Scheme.parse("w4a16"))
+
+
+ONLINE = partial(Affine, online=True)
+
+
+def test_online_factors_are_left_out_only_where_the_site_does_not_exist() -> None:
+    """A width that does not divide is a mistake, and so is a site that no linear reads."""
+    for name, refused in (("llama", False), ("gpt_neox", True)):
+        model = tiny(name)
+        place = (model.blocks[0], model.architecture, model.heads)
+        before = list(model.blocks[0].named_modules())
+        wishes = {"attention_input": [Diagonal, ONLINE], "mlp_hidden": [partial(ONLINE, block=32)]}
+        folding, refusals = adapt(*place, wishes, Scheme.parse("w4a16"))
+        assert folding["attention_input"] == wishes["attention_input"] and len(refusals) == refused
+        assert ("mlp_hidden" in folding) != refused
+        assert list(model.blocks[0].named_modules()) == before, "checking leaves no trace"
+        for wish, said in (
+            ({"attention_input": [partial(ONLINE, block=48)]}, "must divide the 64 channels of its site, got 48"),
+            ({"query_key": [ONLINE]}, "none reads query_key"),
+        ):
+            with pytest.raises(RequestError, match=said):
+                adapt(*place, wish, Scheme.parse("w4a16"))
 
 
 def test_what_folds_elsewhere_is_named() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers import assert_close, tiny_llama
 from torch import Tensor
 
-from aq_lightning.calibration import AttachedBlock, attach, merge
-from aq_lightning.calibration.attach import gained_biases, site_shape
+from aq_lightning.calibration import AttachedBlock, adapt, attach, merge
+from aq_lightning.calibration.attach import gained_biases, install, site_shape
 from aq_lightning.errors import RequestError
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.sites import Heads, SiteShape
@@ -18,6 +19,7 @@ from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
+from aq_lightning.transforms.online import carried, carrier
 
 HEADS = Heads(query=4, key_value=2, size=16, rotary=16)
 EVERYTHING = {
@@ -164,6 +166,160 @@ def test_sites_have_the_shape_of_the_key_value_heads(kv_heads: int, shape: tuple
     shapes = {site.name: site_shape(block, site, heads) for site in SPEC.sites}
     assert shapes["query_key"] == SiteShape(*shape, rotary=16) and shapes["value_output"] == SiteShape(*shape)
     assert shapes["attention_input"] == SiteShape(1, 64) and shapes["mlp_hidden"] == SiteShape(1, 128)
+
+
+DENSE = partial(Affine, online=True)
+ONLINE = {
+    "attention_input": [Shift, Diagonal, DENSE],
+    "value_output": [Diagonal, Affine, partial(DENSE, block=8)],
+    "mlp_input": [partial(DENSE, block=32), DENSE],
+    "mlp_hidden": [partial(DENSE, block=32)],
+}
+PRODUCTS = {
+    "input_layernorm.online.0.inverse": (1, 64, 64),
+    "self_attn.o_proj.online.0.inverse": (4, 8, 8),
+    "post_attention_layernorm.online.0.inverse": (2, 32, 32),
+    "post_attention_layernorm.online.1.inverse": (1, 64, 64),
+    "mlp.down_proj.online.0.inverse": (4, 32, 32),
+}
+
+
+def state(block: torch.nn.Module) -> tuple:
+    """All that a block is made of, its hooks included."""
+    modules = [
+        (name, type(module), *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for name, module in block.named_modules()
+    ]
+    return modules, list(block.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_online_products_are_merged_as_trained(scheme: str) -> None:
+    """Exactly, as every other tensor; and they are what multiplies in the merged block."""
+    hidden, others = inputs()
+    attached = attached_block(scheme, torch.float32, ONLINE)
+    frozen = attached.snapshot()
+    with quantized_activations([attached.block], Scheme.parse(scheme).activation):
+        expected = frozen(hidden, **others)
+        training = attached(hidden, **others)
+        merged = merge(attached, torch.float32)
+        assert {name: tuple(merged[name].shape) for name in merged if carrier(name)} == PRODUCTS
+        assert torch.equal(attached.block(hidden, **others), expected)
+        assert_close("training", expected, training, 0.02)
+        stripped = {name: tensor for name, tensor in merged.items() if not carrier(name)}
+        install(attached.block, merged)
+        assert torch.equal(attached.block(hidden, **others), expected)
+        install(attached.block, stripped)
+        assert not torch.equal(attached.block(hidden, **others), expected), "the products matter"
+        assert not list(carried(attached.block))
+
+
+@torch.no_grad()
+def test_activations_are_quantized_behind_the_online_product() -> None:
+    """Whether the quantizer's hook or the product's was there first."""
+    hidden, others = inputs()
+    seen: list[Tensor] = []
+    transforms = {"value_output": [partial(DENSE, block=8)], "attention_input": [DENSE]}
+    grid = Scheme.parse("w4a4").activation
+    for attach_first in (True, False):
+        block = tiny_llama().model.layers[0]
+        first = attach(
+            block, SPEC, HEADS, transforms if attach_first else {}, None, Scheme.parse("w4a4"), torch.float32
+        )
+        with quantized_activations([first.block], grid):
+            attached = attach(block, SPEC, HEADS, transforms, None, Scheme.parse("w4a4"), torch.float32)
+            for number, factor in enumerate(part for part in attached.modules() if isinstance(part, Affine)):
+                factor.matrix.data += 0.3 * torch.randn(
+                    factor.matrix.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number)
+                )
+                factor.open_band(0, 1)
+            for linear in (block.self_attn.o_proj, block.self_attn.q_proj):
+                linear.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            attached(hidden, **others)
+    for x in seen:
+        levels = [len(token.unique()) for token in x.flatten(0, 1)]
+        assert max(levels) <= grid.levels, "what the linear multiplies lies on the grid"
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+
+
+@torch.no_grad()
+def test_other_candidates_do_not_carry_the_online_part() -> None:
+    """Round-to-nearest of the same block, attached before or after, computes as if it were alone."""
+    hidden, others = inputs()
+    place = (SPEC, HEADS)
+    plain = tiny_llama().model.layers[0]
+    alone = attach(plain, *place, {}, MinMax, Scheme.parse("w3a16g32"), torch.float16)
+    expected = alone.snapshot()(hidden, **others)
+    merge(alone, torch.float16)
+    attached = attached_block("w3a16g32", transforms=ONLINE)
+    nearest = attach(attached.block, *place, {}, MinMax, Scheme.parse("w3a16g32"), torch.float16)
+    assert torch.equal(nearest.snapshot()(hidden, **others), expected)
+    assert torch.equal(nearest(hidden, **others), expected)
+    assert not torch.equal(attached.snapshot()(hidden, **others), expected)
+    merged = merge(nearest, torch.float16)
+    assert not [name for name in merged if carrier(name)]
+    assert state(attached.block) == state(plain)
+    assert torch.equal(attached.block(hidden, **others), plain(hidden, **others))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_block_on_which_a_plan_was_tried_shows_no_trace(device: str) -> None:
+    block = tiny_llama().model.layers[0].to(device)
+    before = state(block)
+    attached = attach(block, SPEC, HEADS, ONLINE, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+    again = attach(block, SPEC, HEADS, ONLINE, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+    assert {name: tensor.is_meta for name, tensor in block.named_parameters() if carrier(name)} == dict.fromkeys(
+        PRODUCTS, device == "meta"
+    )
+    assert state(block) != before
+    attached.detach()
+    assert state(block) == before
+    again.detach()
+    adapt(block, SPEC, HEADS, ONLINE, Scheme.parse("w3a16g32"))
+    assert state(block) == before
+
+
+def test_gradient_passes_online_products() -> None:
+    hidden, others = inputs()
+    attached = attached_block("w4a16", transforms=ONLINE)
+    attached(hidden, **others).square().mean().backward()
+    for name, parameter in attached.transforms.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    "site, factors, said",
+    [
+        ("query_key", [DENSE], "none reads query_key .*remove it from transforms.query_key"),
+        ("mlp_input", [DENSE, Diagonal], "got Diagonal behind an online factor: move it up"),
+        ("mlp_input", [partial(DENSE, block=48)], "must divide the 64 channels of its site, got 48: use 1 or 2 or 4"),
+        ("mlp_hidden", [partial(DENSE, block=48)], "must divide the 128 .* use 64, or null"),
+        ("value_output", [partial(Affine, block=8)], "cuts an online matrix, got 8 without online"),
+        ("mlp_input", [Affine], "Affine.*or declare it online .* for 4,096 multiply–adds per token and 4,096 numbers"),
+        ("mlp_hidden", [Affine], "or declare it online .* for 16,384 multiply–adds per token and 16,384 numbers"),
+    ],
+)
+def test_what_cannot_be_online_is_refused(site: str, factors: list, said: str) -> None:
+    block = tiny_llama().model.layers[0]
+    before = state(block)
+    with pytest.raises(RequestError, match=said):
+        attach(block, SPEC, HEADS, {site: factors}, None, Scheme.parse("w4a16"), torch.float16)
+    assert state(block) == before
+
+
+def test_several_consumers_behind_a_linear_are_refused() -> None:
+    site = replace(next(site for site in SPEC.sites if site.name == "value_output"),
+                   consumers=("self_attn.o_proj", "mlp.gate_proj"))  # fmt: skip
+    with pytest.raises(RequestError, match="has one consumer, got self_attn.o_proj, mlp.gate_proj at value_output"):
+        attach(tiny_llama().model.layers[0], replace(SPEC, sites=(site,)), HEADS, {"value_output": [DENSE]}, None,
+               Scheme.parse("w4a16"), torch.float16)  # fmt: skip
+
+
+def test_stored_products_of_an_unknown_kind_are_refused() -> None:
+    block = tiny_llama().model.layers[0]
+    with pytest.raises(RequestError, match="BlockProduct, got the tensors left, right on input_layernorm"):
+        install(block, {f"input_layernorm.online.0.{side}": torch.eye(2) for side in ("left", "right")})
 
 
 def test_linear_without_a_switch_takes_no_shift() -> None:

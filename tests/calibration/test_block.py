@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from aq_lightning.calibration.observe import initialize
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.sites import Heads
 from aq_lightning.objectives import BlockMSE, RelativeMSE
-from aq_lightning.quantizers import LearnedClipping
+from aq_lightning.quantizers import LearnedClipping, quantized_activations
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 
@@ -133,8 +134,15 @@ def test_baseline_gives_weights_back_after_a_crash() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+ONLINE = {
+    "attention_input": [Shift, Diagonal, partial(Affine, online=True)],
+    "value_output": [Diagonal, Affine, partial(Affine, online=True, block=8)],
+}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler itself
-def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
+@pytest.mark.parametrize("transforms", [TRANSFORMS, ONLINE], ids=["folding", "online"])
+def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks(transforms: dict) -> None:
     """One optimizer step of two blocks gives the same gradients compiled; the second block reuses the first's code."""
     torch._dynamo.utils.counters.clear()
     model = with_true_norms(tiny_llama().double())  # in float32 another order of sums would round a weight differently
@@ -145,10 +153,34 @@ def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks() -> None:
         recipe = SimpleNamespace(objective=BlockMSE(), compiled=compiled)
         gradients[compiled] = []
         for index, block in enumerate(model.model.layers):
-            attached = attach(block, SPEC, HEADS, TRANSFORMS, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
+            attached = attach(block, SPEC, HEADS, transforms, LearnedClipping, Scheme.parse("w3a16g32"), torch.float16)
             module = BlockCalibration([attached], others, recipe, Position(index, index, 2))
+            for matrix in module.matrices():
+                matrix.open_band(0, 1)
             recipe.objective.loss(module(hidden), hidden).backward()
             gradients[compiled] += [p.grad for p in module.parameters() if p.requires_grad]
     for plain, fast in zip(gradients[False], gradients[True], strict=True):
         assert_close("gradient", plain, fast, 1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_code_of_another_scheme_is_not_taken() -> None:
+    """The same block without and then with quantized activations, whose hooks compiled code must see."""
+    model = with_true_norms(tiny_llama().double())
+    hidden = torch.randn(2, 16, 64, dtype=torch.float64)
+    others = [{"position_embeddings": model.model.rotary_emb(hidden, torch.arange(16)[None])}]
+    answers = []
+    for name in ("w4a16", "w4a4"):
+        scheme, block = Scheme.parse(name), model.model.layers[0]
+        attached = attach(block, SPEC, HEADS, {}, LearnedClipping, scheme, torch.float16)
+        with quantized_activations([block], scheme.activation):
+            plain, fast = (
+                BlockCalibration(
+                    [attached], others, SimpleNamespace(objective=BlockMSE(), compiled=compiled), Position(0, 0, 1)
+                )(hidden)
+                for compiled in (False, True)
+            )
+        assert_close(name, plain, fast, 1e-9)
+        answers.append(fast)
+    assert not torch.allclose(*answers, rtol=1e-3)

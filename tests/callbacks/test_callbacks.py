@@ -52,6 +52,20 @@ def test_mask_opens_by_the_schedule(
         assert mask.shape == (HEAD, HEAD) and bool((mask != 0).all()) == (outcome == "trained")
 
 
+def test_all_is_open_without_a_schedule(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    step = BlockCalibration.training_step
+
+    def watch(self: BlockCalibration, batch, index):
+        seen.update(widths(self))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(BlockCalibration, "training_step", watch)
+    (tmp_path / "open.yaml").write_text("[{class_path: callbacks.GradualMask, init_args: {schedule: none}}]")
+    fit("w4a16", tmp_path / "run", f"--trainer.callbacks={tmp_path / 'open.yaml'}")
+    assert seen == {HEAD - 1}
+
+
 def test_shut_entries_stay_at_zero_effect(fit: Fit, tmp_path: Path) -> None:
     """Without the schedule nothing but the diagonal is ever trained."""
     names = [f"--trainer.callbacks+=callbacks.{name}" for name in ("DoublePrecisionCheckpoint",)]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.export.directory import StoredTensors, gathered, read_config, write_directory
+from aq_lightning.export.directory import Description, StoredTensors, gathered, read_config, write_directory
 
 
 def shards(count: int) -> Iterator[dict[str, Tensor]]:
@@ -47,6 +47,20 @@ def test_several_shards(tmp_path: Path) -> None:
     assert len(stored) == 6
     assert all(torch.equal(stored[f"{k}.weight"], torch.full((2, 3), k)) for k in range(3))
     assert stored.metadata("1.bias") == {"format": "pt"}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_under_another_name(tmp_path: Path, count: int) -> None:
+    """What the configuration says, and how the files are called, may depend on the tensors that came."""
+    write_directory(tmp_path / "out", lambda names: Description({"n": sorted(names)}, "other"), shards(count), {})
+    weights = ["other.safetensors"] if count == 1 else [f"other-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
+    index = ["other.safetensors.index.json"] if count > 1 else []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["config.json", *weights, *index])
+    stored = StoredTensors(tmp_path / "out", "other")
+    assert read_config(tmp_path / "out")["n"] == sorted(stored)
+    assert all(torch.equal(stored[f"{k}.weight"], torch.full((2, 3), k)) for k in range(count))
+    with pytest.raises(RequestError, match=r"holds model\.safetensors or"):
+        StoredTensors(tmp_path / "out")
 
 
 def test_files_have_ordinary_permissions(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from aq_lightning.errors import RequestError
+from aq_lightning.experts import stacks
 from aq_lightning.models.loading import skeleton
 from aq_lightning.models.lookup import architecture_of, heads_of, model_types, variants_of
 from aq_lightning.models.sites import Fused, Heads
@@ -35,17 +36,23 @@ def test_sites_name_modules_of_the_block(name: str) -> None:
     architecture, block = architecture_of(tiny_config(name)), block_of(name)
     modules = dict(block.named_modules())
     linears = {path for path, module in modules.items() if isinstance(module, nn.Linear)}
+    linears |= stacks(block).keys()
+    routers = {path for path in modules if path.endswith("mlp.gate")}
+    assert stacks(block).keys() == architecture.experts.keys()
+    assert set(architecture.stored) <= modules.keys()
     assert len({site.name for site in architecture.sites}) == len(architecture.sites)
     for site in architecture.sites:
-        assert set(site.consumers) <= linears and bool(site.consumers) != bool(site.dual), site.name
+        assert set(site.consumers) <= linears | routers and bool(site.consumers) != bool(site.dual), site.name
+        assert site.per_expert or site.dual or site.consumers[0] in modules, "whose input is seen"
         for member in filter(None, (site.producer, site.dual)):
             module, _, part = member.partition(":")
-            assert module in modules and (not part or part in architecture.fused[module].parts), member
+            assert module in modules.keys() | stacks(block).keys(), member
+            assert not part or part in architecture.fused[module].parts, member
     assert set(architecture.fused) <= linears
     assert {linear for together in architecture.bias_switches.values() for linear in together} <= linears
     covered = {linear for site in architecture.sites for linear in site.consumers}
     hidden = {"fc2", "mlp.dense_4h_to_h"}  # behind a GELU there is no site
-    assert linears - covered <= hidden, "every linear's input is a site"
+    assert (linears | routers) - covered <= hidden, "every linear's input is a site"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,6 +100,8 @@ def test_heads_of_unusual_layouts() -> None:
         ("falcon-40b", {"alibi": True}, "alibi = False .*got True"),
         ("falcon-rw", {"multi_query": True}, "multi_query = False .*got True"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "A falcon model must have .*its own variant"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"qwen3_moe model must have mlp_only_layers = \[\] .*got \[1\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "qwen3_moe model must have decoder_sparse_step = 1 .*got 2"),
     ],
 )  # fmt: skip
 def test_other_layout_is_refused(name: str, changes: dict[str, object], message: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
 from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
@@ -79,3 +81,52 @@ def test_activations_are_quantized_only_while_asked() -> None:
     assert torch.equal(linear(x), plain)
     with quantized_activations([linear], None):
         assert torch.equal(linear(x), plain)
+
+
+def hostile(groups: tuple[int, int, int], kind: str) -> Tensor:
+    """Weights (out, groups, size) with a group of a kind that divides by its own range if it can."""
+    weight = torch.randn(groups, dtype=torch.float64)
+    weight[0, 0] = {
+        "zero": torch.zeros(groups[2], dtype=torch.float64),
+        "constant": torch.full((groups[2],), 0.7, dtype=torch.float64),
+        "negative constant": torch.full((groups[2],), -0.7, dtype=torch.float64),
+        "tiny": 1e-30 * weight[0, 0],
+        "small": 1e-6 * weight[0, 0],
+        "outlier": weight[0, 0] + 1e3 * (torch.arange(groups[2]) == 0),
+        "ordinary": weight[0, 0],
+    }[kind]
+    return weight
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    groups=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)),
+    kind=st.sampled_from(["zero", "constant", "negative constant", "tiny", "small", "outlier", "ordinary"]),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    storage=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 9),
+)
+def test_any_group_is_rounded_to_its_own_grid(groups, kind, bits, symmetric, storage, seed) -> None:
+    """One number for training and file, all of them finite, every weight within a step of where it was."""
+    torch.manual_seed(seed)
+    grid, shape = Grid(bits, groups[2], symmetric), (groups[0], groups[1] * groups[2])
+    weight = hostile(groups, kind)
+    reach = torch.maximum(weight.amax(-1), -weight.amin(-1))  # (out, groups)
+    width = 2 * reach if symmetric else weight.amax(-1).clamp(min=0) - weight.amin(-1).clamp(max=0)
+    for quantizer in (MinMax(grid, shape, storage), LearnedClipping(grid, shape, storage)):
+        flat = weight.flatten(1).requires_grad_()
+        rounded, stored = quantizer(flat), quantizer.quantize(flat)
+        assert_close("stored", rounded, stored.dequantize(torch.float64), 1e-15)
+        assert int(stored.codes.max()) < grid.levels and int(stored.zero.max()) < grid.levels
+        assert bool((stored.scale > 0).all()) and bool(stored.scale.isfinite().all())
+        rounded.square().sum().backward()
+        assert bool(flat.grad.isfinite().all())
+        assert all(bool(parameter.grad.isfinite().all()) for parameter in quantizer.parameters())
+        if isinstance(quantizer, MinMax):
+            scale = stored.scale.double()
+            coarse = grid.levels * (scale - width / (grid.levels - 1)).abs()  # what the stored scale does to the ends
+            off = (rounded.detach() - weight.flatten(1)).view(groups).abs()
+            assert bool((off <= (scale + coarse)[..., None] * (1 + 1e-9)).all())
+        if kind == "zero":
+            assert not rounded[0, : groups[2]].any()

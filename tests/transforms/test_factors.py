@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_close, relative_error
@@ -67,6 +69,45 @@ def test_corners_open_where_floating_point_leaves_them_shut() -> None:
     assert int((4096 - 1) / (20 - 1) * 19) < 4095 == band_width(19, 20, 4096)
 
 
+def published_mask(heads: int, size: int, epoch: int, epochs: int, stability: float) -> Tensor:
+    """The published code's band on the diagonal blocks of (heads · size, heads · size), entry by entry."""
+    opened = int((heads * size / heads - 1) / (epochs - 1) * epoch) + 1
+    mask = torch.zeros(heads * size, heads * size, dtype=torch.float64)
+    for i in range(heads * size):
+        for j in range(heads * size):
+            if i == j:
+                mask[i, j] = 1.0
+            elif i // size == j // size and abs(i - j) < opened:
+                mask[i, j] = stability
+    return mask
+
+
+@pytest.mark.parametrize("heads, size", [(1, 60), (4, 15), (6, 10)])
+def test_paper_schedule_is_the_published_formula(heads: int, size: int) -> None:
+    """Over the hidden size and per head, at every epoch."""
+    affine = Affine(SiteShape(heads, size), 0.1)
+    for epochs in range(2, 24):
+        for epoch in range(epochs):
+            affine.open_band(epoch, epochs, "paper")
+            expected = published_mask(heads, size, epoch, epochs, 0.1)
+            assert torch.equal(torch.block_diag(*[affine.mask] * heads), expected)
+
+
+def test_paper_schedule_leaves_corners_shut_where_the_published_code_does() -> None:
+    sizes = [(size, epochs) for size in (64, 128, 576, 768, 2048, 4096, 5120) for epochs in range(2, 41)]
+    shut = 0
+    for size, epochs in sizes:
+        for epoch in range(epochs):
+            assert band_width(epoch, epochs, size, "paper") == int((size - 1) / (epochs - 1) * epoch)
+        shut += band_width(epochs - 1, epochs, size, "paper") < size - 1
+    assert band_width(19, 20, 4096, "paper") == 4094 and shut > 1
+
+
+@given(st.integers(1, 9), st.integers(1, 40))
+def test_without_a_schedule_all_is_open_at_once(epochs: int, size: int) -> None:
+    assert {band_width(epoch, epochs, size, "none") for epoch in range(epochs)} == {size - 1}
+
+
 def test_affine_is_its_masked_matrix() -> None:
     factor = scrambled(Affine)
     factor.open_band(1, 3)  # width 2 of 5
@@ -108,12 +149,47 @@ def test_condition_number(kind: type[Factor]) -> None:
     assert float(factor.condition()) == pytest.approx(worst, rel=1e-10) and worst > 1.1
 
 
-def test_condition_of_a_product_is_bounded() -> None:
-    factors = [scrambled(Diagonal), scrambled(Affine)]
-    product = Transform(factors)
-    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).detach()
-    exact = max(float(torch.linalg.cond(block)) for block in blocks_of(matrix))
-    assert exact <= float(product.condition()) == pytest.approx(float(factors[0].condition() * factors[1].condition()))
+@pytest.mark.parametrize("block, matrices", [(None, (2, 6)), (4, (3, 4)), (12, (1, 12)), (1, (12, 1))])
+def test_online_affine_leaves_the_inverse_to_run_time(block: int | None, matrices: tuple[int, int]) -> None:
+    """What folds and then its products make up the whole inverse; the mask has the width of a block."""
+    factor = scrambled(partial(Affine, online=True, block=block))
+    assert (
+        factor.matrix.shape == (matrices[0], matrices[1], matrices[1]) and factor.mask.shape == factor.matrix[0].shape
+    )
+    diagonal = scrambled(Diagonal)
+    both = Transform([diagonal, factor])(torch.float64)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(both.folded(x), diagonal(torch.float64).inverse(x))
+    (tensors,) = both.online
+    product = type(factor.operation())(**tensors)
+    assert torch.equal(product(both.folded(x)), both.inverse(x)) and not torch.equal(both.folded(x), both.inverse(x))
+    assert_close("x A⁻¹", x @ torch.linalg.inv(explicit(factor)), factor(torch.float64).inverse(x), 1e-12)
+    assert {name: tensor.shape for name, tensor in factor.operation().named_parameters()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
+    assert product.multiply_adds(24) == 24 * matrices[1], "a shared block multiplies as often as it is used"
+
+
+@pytest.mark.parametrize(
+    "kinds", [(Shift,), (Shift, Diagonal), (Diagonal, Affine), (Shift, RopePair, Affine, Diagonal)]
+)
+def test_condition_of_a_product_is_the_true_one(kinds: tuple[type[Factor], ...]) -> None:
+    product = Transform([scrambled(kind) for kind in kinds])
+    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).mT.detach()
+    blocks = blocks_of(matrix)
+    assert_close("A", torch.stack(blocks), product.explicit(), 1e-14)
+    exact = max(float(torch.linalg.cond(block)) for block in blocks)
+    assert float(product.condition()) == pytest.approx(exact, rel=1e-10)
+    next(product.factors[-1].parameters()).data.flatten()[0] = torch.nan
+    assert kinds == (Shift,) or not float(product.condition()) <= 1e300
+
+
+def test_condition_of_factors_of_other_blocks_is_bounded() -> None:
+    product = Transform([scrambled(Diagonal, SiteShape(1, 12)), scrambled(Affine)])
+    matrix = product(torch.float64).transpose(torch.eye(12, dtype=torch.float64)).mT.detach()
+    bound = float(product.condition())
+    assert max(float(torch.linalg.cond(block)) for block in blocks_of(matrix)) < bound
+    assert bound == pytest.approx(float(product.factors[0].condition() * product.factors[1].condition()))
 
 
 def test_factors_act_on_activations_in_the_order_given() -> None:
@@ -260,6 +336,44 @@ def test_projection_keeps_rows_dominant(size, blocks, scale, stability, dominanc
     twice = matrix.clone()
     affine.project()
     assert_close("projection of a projection", twice, affine.effective().detach(), 1e-15)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    blocks=st.integers(1, 4),
+    size=st.integers(1, 17),
+    group=st.integers(1, 3),
+    plan=st.integers(1, 7).flatmap(lambda epochs: st.tuples(st.integers(0, epochs - 1), st.just(epochs))),
+    schedule=st.sampled_from(["exact", "paper", "none"]),
+    stability=st.sampled_from([1.0, 0.1, 1e-3]),
+    method=st.sampled_from(["lu", "newton", "pivoted"]),
+)
+def test_any_mask_on_any_heads_leaves_an_exact_map(blocks, size, group, plan, schedule, stability, method) -> None:
+    """After a wild step and the projection: nothing beyond the band, both directions exact, the bounds true."""
+    affine = Affine(SiteShape(blocks, size), stability, inverse=method)
+    affine.open_band(*plan, schedule)
+    with torch.no_grad():
+        affine.matrix += torch.randn_like(affine.matrix)
+    affine.project()
+    matrix, width = affine.effective().detach(), band_width(*plan, size, schedule)
+    index = torch.arange(size)
+    assert not matrix[:, (index[:, None] - index).abs() > width].any()
+    full = torch.block_diag(*(each for each in matrix for _ in range(group)))
+    x = torch.randn(3, blocks * group * size, dtype=torch.float64)
+    both = affine(torch.float64)
+    assert_close("x A⁻¹", x @ torch.linalg.inv(full), both.inverse(x), 1e-10)
+    assert_close("w Aᵀ", x @ full.mT, both.transpose(x), 1e-13)
+    condition = torch.linalg.cond(matrix, float("inf")).max()
+    assert float(condition) <= float(affine.bound()) * (1 + 1e-9) < float("inf")
+    assert float(affine.residual) <= 1e-9 and (width == 0) == (float(affine.margin()) == 1)
+
+
+def test_without_dominance_there_is_no_bound() -> None:
+    affine = Affine(SiteShape(2, 3), 1.0, None)
+    affine.open_band(0, 1)
+    assert float(affine.bound()) == 1
+    affine.matrix.data[1, 0] = torch.tensor([1.0, 1.0, 0.5])
+    assert float(affine.bound()) == float("inf")
 
 
 def test_without_dominance_nothing_is_projected() -> None:

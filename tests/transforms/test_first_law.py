@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from aq_lightning.errors import RequestError
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.sites import AROUND_ROPE, Site
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Affine, Factor, Shift
+from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory, Shift
+from aq_lightning.transforms.online import carried, carrier, drop
 
 FACTORS = [kind for kind in vars(transforms).values() if isinstance(kind, type) and issubclass(kind, Factor)]
 FACTORS.remove(Factor)
@@ -30,6 +31,11 @@ CASES = [
     for factor in FACTORS
 ]
 SITES = list(dict.fromkeys(case.values[:2] for case in CASES))
+ONLINE = {
+    "dense": partial(Affine, online=True),
+    "block": partial(Affine, online=True, block=8),  # which divides every width of these models
+}
+ONLINE_CASES = [(name, at, kind) for name, at in SITES for kind in ONLINE]
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +55,15 @@ def fresh(name: str) -> tuple[Tiny, nn.Module, Call]:
     """The model, its first block as it was made, and how the model calls it."""
     small, call, parameters = known(name)
     block = small.blocks[0]
+    for module, _ in carried(block):
+        drop(module)
     for path, module in block.named_modules():
-        for leaf in ("weight", "bias"):
-            if leaf in module._parameters:
-                module._parameters[leaf] = parameters.get(f"{path}.{leaf}")
+        for leaf in module._parameters:
+            module._parameters[leaf] = parameters.get(f"{path}.{leaf}")
     return small, block, call
 
 
-def scrambled(small: Tiny, block: nn.Module, requested: dict[str, list[type[Factor]]], scheme: str):
+def scrambled(small: Tiny, block: nn.Module, requested: dict[str, list[FactorFactory]], scheme: str):
     """Attached without rounding, with random parameters far from the identity and the whole band open."""
     attached = attach(block, small.architecture, small.heads, requested, None, Scheme.parse(scheme), torch.float64)
     for name, parameter in attached.transforms.named_parameters():
@@ -88,12 +95,12 @@ def holds_shift(small: Tiny, block: nn.Module, site: Site, scheme: str) -> bool:
     producer = site.producer.partition(":")[0]
     moves = scheme == "w4a4" and producer in linears(block)
     return all(
-        linear in switchable or linears(block)[linear].bias is not None
+        linear in switchable or f"{linear}.bias" in dict(block.named_parameters())
         for linear in (*site.consumers, *([producer] if moves else []))
     )
 
 
-def everything(small: Tiny, block: nn.Module, scheme: str) -> dict[str, list[type[Factor]]]:
+def everything(small: Tiny, block: nn.Module, scheme: str) -> dict[str, list[FactorFactory]]:
     """At every site all that it absorbs, the shift first."""
     return {
         site.name: [
@@ -149,11 +156,12 @@ def test_transforms_move_the_weights(name: str, at: str) -> None:
     small, block, _ = fresh(name)
     site = site_of(small, at)
     before = dict(block.named_parameters())
-    sides = {member.partition(":")[0] for member in (site.producer, *site.consumers, site.dual) if member}
+    ends = [small.architecture.member(end, small.heads) for end in (site.producer, *site.consumers, site.dual) if end]
+    sides = {end.weight.removesuffix(".weight") for end in ends}
     for factor in everything(small, block, "w4a4")[at]:
         attached = scrambled(small, block, {at: [factor]}, "w4a4")
         moved = {
-            key.rpartition(".")[0]
+            key.removesuffix(".weight").removesuffix(".bias")
             for key, tensor in attached.effective(torch.float64).items()
             if (tensor - before.get(key, torch.zeros_like(tensor))).abs().max() > 1e-2
         }
@@ -171,6 +179,68 @@ def test_logits_are_unchanged(name: str, scheme: str) -> None:
     expected = small.model(tokens, use_cache=False).logits
     for block in small.blocks:
         merge(scrambled(small, block, everything(small, block, scheme), scheme), torch.float64)
+    assert_close("logits", expected, small.model(tokens, use_cache=False).logits, 1e-9)
+
+
+def with_online(small: Tiny, block: nn.Module, scheme: str, kind: str) -> dict[str, list[FactorFactory]]:
+    """At every site with consumers a shift and a diagonal where they fold, then an online factor."""
+    folding = {
+        at: [factor for factor in factors if factor in (Shift, Diagonal)]
+        for at, factors in everything(small, block, scheme).items()
+    }
+    return {at: [*factors, ONLINE[kind]] for at, factors in folding.items() if takes_online(small, at)}
+
+
+def takes_online(small: Tiny, at: str) -> bool:
+    site = site_of(small, at)
+    return bool(site.consumers) and not site.per_expert
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("name, at, kind", ONLINE_CASES)
+def test_online_factor_fits_every_site_with_consumers(name: str, at: str, kind: str, scheme: str) -> None:
+    """Behind what folds, before and after merge; the block alone answers as before until then."""
+    small, block, call = fresh(name)
+    if not takes_online(small, at):
+        with pytest.raises(RequestError, match=f"(none reads|every expert reads) .*remove it from transforms.{at}"):
+            scrambled(small, block, {at: [ONLINE[kind]]}, scheme)
+        return
+    attached = scrambled(small, block, {at: with_online(small, block, scheme, kind)[at]}, scheme)
+    assert_close("before merge", call.answer, attached(call.hidden, **call.others), 1e-10)
+    assert torch.equal(call.answer, answer(block, call.hidden, call.others)), "nothing shows outside"
+    merge(attached, torch.float64)
+    assert_close("after merge", call.answer, answer(block, call.hidden, call.others), 1e-10)
+    assert len(list(carried(block))) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, at, kind", [case for case in ONLINE_CASES if takes_online(tiny(case[0]), case[1])])
+def test_one_sided_online_factor_is_noticed(name: str, at: str, kind: str) -> None:
+    """Negative control: without its run-time product, or with one consumer left out, the block is another."""
+    small, block, call = fresh(name)
+    attached = scrambled(small, block, {at: [ONLINE[kind]]}, "w4a16")
+    tensors = attached.effective(torch.float64)
+    (product,) = [key for key in tensors if carrier(key)]
+    without = {**tensors, product: torch.eye(tensors[product].shape[-1]).double().expand_as(tensors[product])}
+    assert relative_error(call.answer, with_tensors(block, without, call)) > 1e-3
+    for far in site_of(small, at).consumers:
+        weight = small.architecture.member(far, small.heads).weight
+        broken = {**tensors, weight: known(name)[2][weight]}
+        assert relative_error(call.answer, with_tensors(block, broken, call)) > 1e-3
+    assert_close("whole", call.answer, with_tensors(block, tensors, call), 1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(ONLINE))
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_unchanged_online(name: str, kind: str) -> None:
+    """An online factor at every site with consumers of every block, merged."""
+    small = tiny(name)
+    tokens = torch.randint(3, 96, (2, 16))
+    expected = small.model(tokens, use_cache=False).logits
+    for block in small.blocks:
+        merge(scrambled(small, block, with_online(small, block, "w4a4", kind), "w4a4"), torch.float64)
     assert_close("logits", expected, small.model(tokens, use_cache=False).logits, 1e-9)
 
 

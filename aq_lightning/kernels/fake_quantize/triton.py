@@ -1,0 +1,240 @@
+"""One pass over the weight forward and one backward: nothing but the results is written to memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aq_lightning.kernels.fake_quantize.naive import Request
+
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
+_STORAGE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_TILE = 4096  # elements of a weight that a program holds at once, if a group is no larger
+_CHUNK = 16  # rows that a program visits at least, so that its partial sums over rows stay small
+
+
+@triton.jit
+def _round(x):
+    """Half to even; beyond 2^22 the result is clamped anyway."""
+    return (x + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def _load_weight(
+    value, rows, columns, o_row, o_col, m_row, m, width, HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr
+):
+    """b_v (value), b_r, b_c and b_w = r v c, float32 [R, G]; r [R, 1], c [1, G]."""
+    b_v = tl.load(value + o_row[:, None].to(tl.int64) * width + o_col[None, :], mask=m, other=0.0).to(tl.float32)
+    b_r = tl.load(rows + o_row, mask=m_row, other=0.0)[:, None] if HAS_ROWS else 1.0
+    b_c = tl.load(columns + o_col, mask=o_col < width, other=0.0)[None, :] if HAS_COLUMNS else 1.0
+    return b_v, b_r, b_c, b_v * b_r * b_c
+
+
+@triton.jit
+def _grid(
+    b_w, m, m_row, p_low, p_high,
+    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """Fractions, least and greatest weight, ends of the range, scale and zero of each row's group, all float32 [R]."""
+    b_a = tl.load(p_low, mask=m_row, other=1.0)
+    b_b = tl.load(p_high, mask=m_row, other=1.0)
+    b_min = tl.where(m_row, tl.min(tl.where(m, b_w, float("inf")), axis=1), 0.0)
+    b_max = tl.where(m_row, tl.max(tl.where(m, b_w, float("-inf")), axis=1), 0.0)
+    b_lo, b_hi = tl.minimum(b_min * b_a, 0.0), tl.maximum(b_max * b_b, 0.0)
+    if SYMMETRIC:
+        b_s = tl.div_rn(tl.maximum(-b_lo, b_hi), (LEVELS - 1) / 2)
+    else:
+        b_s = tl.div_rn(b_hi - b_lo, LEVELS - 1.0)
+    b_s = b_s.to(STORAGE).to(tl.float32)
+    b_ok = b_s > 0
+    b_s = tl.where(b_ok, b_s, TINY)
+    if SYMMETRIC:
+        b_zr = tl.full(b_s.shape, LEVELS // 2, tl.float32)
+    else:
+        b_zr = _round(tl.div_rn(-b_lo, b_s))
+    b_z = tl.minimum(tl.maximum(b_zr, 0.0), LEVELS - 1.0)
+    return b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z
+
+
+@triton.jit
+def _ends_gradient(
+    b_ds, b_dz, b_low, b_high, b_lo, b_hi, b_s, b_ok, b_zr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr
+):  # fmt: skip
+    """Gradients of the range's ends before they were made to contain 0, from those of scale and zero, all [R]."""
+    if SYMMETRIC:
+        b_ds = tl.where(b_ok, b_ds, 0.0) / ((LEVELS - 1) / 2)
+        b_dhi = tl.where(b_hi > -b_lo, b_ds, tl.where(b_hi == -b_lo, b_ds * 0.5, 0.0))
+        b_dlo = b_dhi - b_ds
+    else:
+        b_dz = tl.where((b_zr >= 0.0) & (b_zr <= LEVELS - 1.0), b_dz, 0.0)
+        b_ds += b_dz * tl.div_rn(tl.div_rn(b_lo, b_s), b_s)
+        b_dhi = tl.where(b_ok, b_ds, 0.0) / (LEVELS - 1.0)
+        b_dlo = -tl.div_rn(b_dz, b_s) - b_dhi
+    return tl.where(b_low <= 0.0, b_dlo, 0.0), tl.where(b_high >= 0.0, b_dhi, 0.0)
+
+
+@triton.jit
+def _through_extreme(b_w, m, b_extreme, b_d):
+    """Gradient [R, G] of the weights from that of their least or greatest, shared by those that tie."""
+    m_at = m & (b_w == b_extreme[:, None])
+    b_share = b_d / tl.maximum(tl.sum(m_at.to(tl.float32), axis=1), 1.0)
+    return tl.where(m_at, b_share[:, None], 0.0)
+
+
+@triton.jit
+def _fake_quantize_fwd_kernel(
+    value, rows, columns, low, high, direction, rounded, gain,
+    height, width, size, groups, chunk,
+    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, ROUNDING_ONLY: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_group = tl.program_id(0), tl.program_id(1)
+    o_in = tl.arange(0, G)
+    o_col = i_group * size + o_in
+    for i in range(0, chunk, R):
+        o_row = i_chunk * chunk + i + tl.arange(0, R)
+        m_row = o_row < height
+        m = m_row[:, None] & (o_in < size)[None, :]
+        b_v, b_r, b_c, b_w = _load_weight(value, rows, columns, o_row, o_col, m_row, m, width, HAS_ROWS, HAS_COLUMNS)
+        o_range = o_row * groups + i_group
+        b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
+            b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
+        )
+        b_u = _round(tl.div_rn(b_w, b_s[:, None])) + b_z[:, None]
+        b_u = tl.minimum(tl.maximum(b_u, 0.0), LEVELS - 1.0)
+        b_q = (b_u - b_z[:, None]) * b_s[:, None]
+        o_w = o_row[:, None].to(tl.int64) * width + o_col[None, :]
+        tl.store(rounded + o_w, b_q.to(rounded.dtype.element_ty), mask=m)
+        if HAS_DIRECTION:
+            b_d = tl.load(direction + o_col, mask=o_in < size, other=0.0)[None, :]
+            b_acting = b_w - b_q if ROUNDING_ONLY else b_w
+            tl.store(gain + o_range, tl.sum(tl.where(m, b_acting * b_d, 0.0), axis=1), mask=m_row)
+
+
+@triton.jit
+def _fake_quantize_bwd_kernel(
+    value, rows, columns, low, high, direction, d_rounded, d_gain,
+    d_value, d_rows, d_columns, d_low, d_high, d_direction,
+    height, width, size, groups, chunk,
+    LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, ROUNDING_ONLY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_group = tl.program_id(0), tl.program_id(1)
+    o_in = tl.arange(0, G)
+    o_col = i_group * size + o_in
+    b_dc = tl.zeros([G], tl.float32)
+    b_dd = tl.zeros([G], tl.float32)
+    for i in range(0, chunk, R):
+        o_row = i_chunk * chunk + i + tl.arange(0, R)
+        m_row = o_row < height
+        m = m_row[:, None] & (o_in < size)[None, :]
+        b_v, b_r, b_c, b_w = _load_weight(value, rows, columns, o_row, o_col, m_row, m, width, HAS_ROWS, HAS_COLUMNS)
+        o_range = o_row * groups + i_group
+        b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
+            b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
+        )
+        b_x = tl.div_rn(b_w, b_s[:, None])
+        b_ur = _round(b_x) + b_z[:, None]
+        b_u = tl.minimum(tl.maximum(b_ur, 0.0), LEVELS - 1.0)
+        o_w = o_row[:, None].to(tl.int64) * width + o_col[None, :]
+        b_g = tl.load(d_rounded + o_w, mask=m, other=0.0).to(tl.float32)
+        b_dw = tl.zeros([R, G], tl.float32)
+        if HAS_DIRECTION:
+            b_d = tl.load(direction + o_col, mask=o_in < size, other=0.0)[None, :]
+            b_dy = tl.load(d_gain + o_row, mask=m_row, other=0.0)[:, None]
+            b_dw = b_dy * b_d
+            b_acting = b_w - (b_u - b_z[:, None]) * b_s[:, None] if ROUNDING_ONLY else b_w
+            b_dd += tl.sum(tl.where(m, b_dy * b_acting, 0.0), axis=0)
+            if ROUNDING_ONLY:
+                b_g = b_g - b_dw
+        b_g = tl.where(m, b_g, 0.0)
+        b_inside = tl.where((b_ur >= 0.0) & (b_ur <= LEVELS - 1.0), b_g, 0.0)
+        b_dw += b_inside
+        b_ds = tl.sum(b_g * (b_u - b_z[:, None]) - b_inside * b_x, axis=1)  # [R]
+        b_dz = -b_s * tl.sum(b_g - b_inside, axis=1)  # [R]
+        b_dlo, b_dhi = _ends_gradient(
+            b_ds, b_dz, b_min * b_a, b_max * b_b, b_lo, b_hi, b_s, b_ok, b_zr, LEVELS, SYMMETRIC
+        )
+        tl.store(d_low + o_range, b_dlo * b_min, mask=m_row)
+        tl.store(d_high + o_range, b_dhi * b_max, mask=m_row)
+        b_dw += _through_extreme(b_w, m, b_min, b_dlo * b_a) + _through_extreme(b_w, m, b_max, b_dhi * b_b)
+        if NEEDS_VALUE:
+            tl.store(d_value + o_w, b_dw * b_r * b_c, mask=m)
+        if HAS_ROWS:
+            tl.store(d_rows + o_range, tl.sum(b_dw * b_v * b_c, axis=1), mask=m_row)
+        if HAS_COLUMNS:
+            b_dc += tl.sum(b_dw * b_v * b_r, axis=0)
+    if HAS_COLUMNS:
+        tl.store(d_columns + i_chunk * width + o_col, b_dc, mask=o_in < size)
+    if HAS_DIRECTION:
+        tl.store(d_direction + i_chunk * width + o_col, b_dd, mask=o_in < size)
+
+
+def _plan(height: int, size: int, groups: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, rows of a program, warps."""
+    columns = triton.next_power_of_2(size)
+    rows = max(1, _TILE // columns)
+    chunk = max(rows, _CHUNK if groups == 1 else 64)
+    return rows, columns, chunk, 4 if columns * rows <= _TILE else 16
+
+
+def forward(request: Request) -> tuple[Tensor, Tensor]:
+    """As :func:`naive.fake_quantize`; ``low`` is float32."""
+    value, low = request.value, request.low
+    rounded = torch.empty(value.shape, dtype=request.dtype, device=value.device)
+    gain = torch.zeros_like(low)  # (out, groups)
+    (R, G, chunk, warps), constants = _plan(request), _constants(request)
+    grid = (triton.cdiv(value.shape[0], chunk), low.shape[1])
+    _fake_quantize_fwd_kernel[grid](
+        value, request.rows, request.columns, low, request.high, request.direction, rounded, gain,
+        *value.shape, value.shape[1] // low.shape[1], low.shape[1], chunk, R=R, G=G, num_warps=warps, **constants,
+    )  # fmt: skip
+    return rounded, gain.sum(1)
+
+
+def backward(request: Request, d_rounded: Tensor, d_gain: Tensor, needs_value: bool) -> list[Tensor]:
+    """Gradients of value, rows, columns, low, high, direction; empty where there is none."""
+    value, rows, columns, low, high, direction = request[:6]
+    (height, width), groups = value.shape, low.shape[1]
+    (R, G, chunk, warps), constants = _plan(request), _constants(request)
+    chunks = triton.cdiv(height, chunk)
+    d_value = low.new_empty((height, width) if needs_value else (0,))
+    d_rows = low.new_empty((0,) if rows is None else (height, groups))
+    d_columns = low.new_empty((0,) if columns is None else (chunks, width))
+    d_direction = low.new_empty((0,) if direction is None else (chunks, width))
+    d_low, d_high = torch.empty_like(low), torch.empty_like(high)
+    _fake_quantize_bwd_kernel[(chunks, groups)](
+        value, rows, columns, low, high, direction, d_rounded.contiguous(), d_gain.contiguous(),
+        d_value, d_rows, d_columns, d_low, d_high, d_direction,
+        height, width, width // groups, groups, chunk,
+        NEEDS_VALUE=needs_value, R=R, G=G, num_warps=warps, **constants,
+    )  # fmt: skip
+    d_rows = d_rows if rows is None else d_rows.sum(1)
+    d_columns = d_columns if columns is None else d_columns.sum(0)
+    return [d_value, d_rows, d_columns, d_low, d_high, d_direction if direction is None else d_direction.sum(0)]
+
+
+def _plan(request: Request) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, rows of a program, warps."""
+    groups = request.low.shape[1]
+    columns = triton.next_power_of_2(request.value.shape[1] // groups)
+    rows = max(1, _TILE // columns)
+    return rows, columns, max(rows, _CHUNK if groups == 1 else 64), 8 if columns <= _TILE else 16
+
+
+def _constants(request: Request) -> dict[str, object]:
+    """What a kernel is compiled for."""
+    return {
+        "LEVELS": request.grid.levels,
+        "SYMMETRIC": request.grid.symmetric,
+        "STORAGE": _STORAGE[request.storage],
+        "TINY": torch.finfo(request.storage).smallest_normal,
+        "HAS_ROWS": request.rows is not None,
+        "HAS_COLUMNS": request.columns is not None,
+        "HAS_DIRECTION": request.direction is not None,
+        "ROUNDING_ONLY": request.rounding_only,
+    }

@@ -1,0 +1,154 @@
+"""What an online factor leaves behind: products on the modules whose activations they multiply.
+
+A norm carries the products of its output, which all consumers of its site read; elsewhere the one consumer carries
+those of its input, before anything else sees it. Their tensors are ordinary parameters of the model, named
+``<module>.online.<position>.<tensor>``, and these names say what they are: nothing else is stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from aq_lightning.errors import RequestError
+from aq_lightning.models.sites import SiteShape
+
+_NAME = "online"
+
+
+class Operation(nn.Module, ABC):
+    """``x ↦ x A⁻¹`` of one factor. Subclasses are final and name their tensors as no other does."""
+
+    names: ClassVar[tuple[str, ...]]
+    """Names of its tensors."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name in self.names:
+            self.register_parameter(name, nn.Parameter(tensors[name], requires_grad=False))
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → the same."""
+
+    @abstractmethod
+    def multiply_adds(self, channels: int) -> int:
+        """Multiply–adds of one token of so many channels."""
+
+
+class BlockProduct(Operation):
+    """A block-diagonal ``A⁻¹``: ``inverse`` is (blocks, size, size)."""
+
+    names: ClassVar[tuple[str, ...]] = ("inverse",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return block_product(x, self.inverse)
+
+    def multiply_adds(self, channels: int) -> int:
+        return channels * self.inverse.shape[-1]
+
+
+def block_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """(…, blocks · group · size) times each block's matrix, (blocks, size, size)."""
+    shape = SiteShape(matrix.shape[0], matrix.shape[-1])
+    return shape.join(torch.einsum("...bgs,bst->...bgt", shape.split(x), matrix))
+
+
+class Online(nn.Sequential):
+    """The products of one module, in order. While their tensors are empty it hands its input on.
+
+    They are empty in a block that is being fitted: every call brings its own (``functional_call``), and a candidate
+    without online factors brings none.
+    """
+
+    handle: RemovableHandle
+
+    def forward(self, x: Tensor) -> Tensor:
+        empty = any(tensor.numel() == 0 for tensor in self.parameters())
+        return x if empty else super().forward(x)
+
+
+def carry(module: nn.Module, operations: Sequence[Operation]) -> None:
+    """Makes a norm multiply its output by products, or a linear its input; what it carried before gives way."""
+    drop(module)
+    online = Online(*operations)
+    module.add_module(_NAME, online)
+    if isinstance(module, nn.Linear):
+        online.handle = module.register_forward_pre_hook(_before, prepend=True)  # quantizers see the product
+    else:
+        online.handle = module.register_forward_hook(_after)
+
+
+def carry_empty(module: nn.Module, operations: Sequence[Operation]) -> None:
+    """As :func:`carry`, without numbers yet; on the meta device, where there are none anyway, the shapes stay."""
+    device = next(module.parameters()).device
+    for operation in operations if device.type != "meta" else ():
+        for name in operation.names:
+            setattr(operation, name, nn.Parameter(torch.empty(0, device=device), requires_grad=False))
+    carry(module, operations)
+
+
+def drop(module: nn.Module) -> None:
+    """Leaves a module as it was before :func:`carry`."""
+    online = dict(module.named_children()).get(_NAME)
+    if isinstance(online, Online):
+        online.handle.remove()
+        delattr(module, _NAME)
+
+
+def carried(root: nn.Module) -> Iterator[tuple[nn.Module, Online]]:
+    """The modules below ``root`` that carry products."""
+    for module in list(root.modules()):
+        online = dict(module.named_children()).get(_NAME)
+        if isinstance(online, Online):
+            yield module, online
+
+
+def online_name(module: str, position: int, tensor: str) -> str:
+    """Name of a tensor of the product at ``position`` on a module."""
+    return f"{module}.{_NAME}.{position}.{tensor}"
+
+
+def carrier(name: str) -> str:
+    """The module that carries the tensor of this name; empty if it is no product's."""
+    module, found, _ = name.rpartition(f".{_NAME}.")
+    return module if found else ""
+
+
+def carry_stored(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes the modules of ``root`` carry exactly the products whose tensors are given, by their names in ``root``.
+
+    Raises:
+        RequestError: tensors that are no product known here.
+    """
+    steps: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        position, _, leaf = name.removeprefix(f"{carrier(name)}.{_NAME}.").partition(".")
+        steps.setdefault(carrier(name), {}).setdefault(int(position), {})[leaf] = tensor
+    for module, _ in carried(root):
+        drop(module)
+    for path, products in steps.items():
+        carry(root.get_submodule(path), [_operation(path, products[position]) for position in sorted(products)])
+
+
+def _operation(path: str, tensors: dict[str, Tensor]) -> Operation:
+    kinds = [kind for kind in Operation.__subclasses__() if set(kind.names) == set(tensors)]
+    if not kinds:
+        raise RequestError(
+            f"An online product is one of {', '.join(kind.__name__ for kind in Operation.__subclasses__())}, got the "
+            f"tensors {', '.join(sorted(tensors))} on {path}: read it with the version that wrote it."
+        )
+    return kinds[0](**tensors)
+
+
+def _after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return module.online(output)
+
+
+def _before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (module.online(inputs[0]), *inputs[1:])

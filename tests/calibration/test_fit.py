@@ -1,0 +1,260 @@
+"""A window ends no worse than any alternative, whatever happens in training, and says what stopped it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from helpers import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer
+from transformers import LlamaForCausalLM
+
+from aq_lightning.calibration import BlockCalibration, Cause, Fit, LiveWindow, Pairs, Position, capture, fit, observed
+from aq_lightning.calibration.watch import Quantity, Watch
+from aq_lightning.errors import RequestError
+from aq_lightning.models.llama import SPEC
+from aq_lightning.models.loading import Pretrained, Source
+from aq_lightning.objectives import BlockMSE
+from aq_lightning.quantizers import LearnedClipping, quantized_activations
+from aq_lightning.recipe import LearningRates, Recipe, StreamStorage, WindowPlan
+from aq_lightning.scheme import Scheme
+from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
+from callbacks import ConditionNumber, GradualMask
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings(  # of Lightning itself
+    "ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*module\\(s\\) in eval mode"
+)
+
+
+def fitted(
+    watching: Sequence[Callback] = (),
+    epochs: int = 4,
+    affine: Callable = Affine,
+    model: LlamaForCausalLM | None = None,
+    **changes: object,
+) -> Fit:
+    """Fits the first block of a model, by default the tiny one."""
+    recipe = Recipe(**{
+        "scheme": Scheme.parse("w2a16g32"),
+        "transforms": {"value_output": [Diagonal, affine], "mlp_input": [Shift, Diagonal]},
+        "weight_quantizer": LearnedClipping,
+        "objective": BlockMSE(),
+        "optimizer": torch.optim.Adam,
+        "learning_rates": LearningRates(1e-3, 1e-2),
+        "cosine": False,
+        "batch_size": 4,
+        "plan": WindowPlan(),
+        "streams": StreamStorage("float32", "host"),
+        "compiled": False,
+        "layout": "padded",
+        **changes,
+    })  # fmt: skip
+    pretrained = Pretrained(Source("random"), (model or tiny_llama()).requires_grad_(False), None, SPEC)
+    windows = torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(0))
+    stream, arguments = capture(pretrained.model, pretrained.blocks, windows, recipe.streams, CPU)
+    live = LiveWindow(pretrained, range(1), arguments, recipe, CPU)
+    with observed(live.blocks, SPEC.sites) as activations:
+        target = live.run(stream)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+
+    def trainer() -> Trainer:
+        plan = {"max_epochs": epochs, "callbacks": [GradualMask(), *watching], "log_every_n_steps": 1}
+        return Trainer(accelerator="cpu", devices=1, **plan, **quiet)
+
+    with quantized_activations(live.blocks, recipe.scheme.activation):
+        result = fit(
+            live, Position(0, 0, 1), activations, (stream, target), trainer, lambda: Pairs(stream, target, 4, 0)
+        )
+        assert live.loss(result.module.blocks, stream, target) == result.losses[result.outcome]
+        assert result.losses[result.outcome] == min(result.losses.values())
+        live.merge(result.module.blocks)
+        merged = live.loss(live.blocks, stream, target)
+        assert merged <= 1.01 * result.losses[result.outcome] + 1e-12 and math.isfinite(merged)
+    return result
+
+
+class Sabotage(Callback):
+    """Sets parameters whose name contains ``name`` in one epoch of the first attempts."""
+
+    def __init__(self, name: str, value: float, epoch: int, attempts: int = 1) -> None:
+        self.name, self.value, self.epoch, self.attempts = name, value, epoch, attempts
+        self.begun: list[BlockCalibration] = []
+
+    def on_fit_start(self, trainer: Trainer, module: BlockCalibration) -> None:
+        self.begun.append(module)
+
+    def on_train_batch_start(self, trainer: Trainer, module: BlockCalibration, batch, index: int) -> None:
+        if len(self.begun) <= self.attempts and trainer.current_epoch == self.epoch and index == 1:
+            for name, parameter in module.named_parameters():
+                if self.name in name:
+                    parameter.data.flatten()[0] = self.value
+
+
+def test_an_undisturbed_window_is_trained_once() -> None:
+    result = fitted()
+    assert (result.outcome, result.attempts, result.causes) == ("trained", 1, ())
+    assert set(result.losses) == {"trained", "first epoch", "start", "nearest"}
+
+
+@pytest.mark.parametrize(
+    "name, value", [("value_output.factors.0.log_scale", math.nan), ("mlp_input.factors.0.delta", math.inf)]
+)
+def test_what_is_not_finite_is_rolled_back_and_tried_again(name: str, value: float) -> None:
+    """With smaller steps and a stronger mask; the last sound epoch of the first attempt competes too."""
+    sabotage = Sabotage(name, value, epoch=2)
+    result = fitted([sabotage])
+    assert result.attempts == 2 and result.causes == (Cause(0, "", "loss", None, 2),)
+    assert [module.slowdown for module in sabotage.begun] == [1.0, 0.1]
+    assert [module.matrices()[0].stability for module in sabotage.begun] == pytest.approx([0.1, 0.01])
+    assert set(result.losses) == {"trained", "rolled back", "first epoch", "start", "nearest"}
+    assert all(bool(tensor.isfinite().all()) for tensor in result.module.own().values())
+    assert str(result.causes[0]) == "block 0: loss not finite in epoch 2"
+
+
+def test_a_window_that_always_diverges_falls_back() -> None:
+    result = fitted([Sabotage("log_scale", math.nan, epoch=0, attempts=9)])
+    assert result.attempts == len(result.causes) == 3 and result.outcome in ("start", "nearest")
+    assert set(result.losses) == {"start", "nearest"}
+
+
+def test_an_exploding_loss_is_divergence() -> None:
+    result = fitted([Sabotage("mlp_input.factors.0.delta", 1e4, epoch=1)])
+    (cause,) = result.causes
+    assert (cause.block, cause.site, cause.what, cause.epoch) == (0, "", "loss", 1)
+    assert math.isfinite(cause.value) and cause.value > 100 * result.losses["start"]
+    assert f"block 0: loss {cause.value:.2e} in epoch 1" == str(cause)
+
+
+@pytest.mark.filterwarnings("ignore:block 0, value_output. condition number")
+def test_ill_conditioning_beyond_the_second_threshold_stops() -> None:
+    sabotage = Sabotage("value_output.factors.0.log_scale", 8.0, epoch=2)
+    result = fitted([sabotage, ConditionNumber(warn_above=100.0, stop_above=1000.0)])
+    (cause,) = result.causes
+    assert (cause.site, cause.what, cause.epoch) == ("value_output", "condition number", 2) and cause.value > 1000
+    assert result.module.conditions()["value_output"] < 1000 and result.attempts == 2
+
+
+def test_thresholds_come_in_order() -> None:
+    with pytest.raises(RequestError, match="got warn_above 10 and stop_above 5"):
+        ConditionNumber(10.0, 5.0)
+
+
+class Watcher(Sabotage):
+    """Only remembers what was trained."""
+
+    def __init__(self) -> None:
+        super().__init__("none", 0.0, 0, 0)
+
+
+def test_diagonal_guard_is_one_more_candidate() -> None:
+    """Trained with the same steps and diagonal matrices; the other candidates are what they were."""
+    watcher = Watcher()
+    plain, guarded = fitted(), fitted([watcher], diagonal_guard=True)
+    assert guarded.attempts == 1 and "diagonal" not in plain.losses
+    assert {name: loss for name, loss in guarded.losses.items() if name != "diagonal"} == plain.losses
+    diagonal, trained = watcher.begun
+    assert (diagonal.opening, trained.opening) == (0, 1)
+    away = ~torch.eye(16, dtype=torch.bool)
+    assert not diagonal.matrices()[0].effective()[:, away].any()
+    assert bool(trained.matrices()[0].effective()[:, away].all())
+    assert guarded.losses["diagonal"] != guarded.losses["first epoch"]
+
+
+def test_the_diagonal_solution_is_kept_where_matrices_do_harm() -> None:
+    class Harm(Watcher):
+        def on_train_batch_start(self, trainer: Trainer, module: BlockCalibration, batch, index: int) -> None:
+            if module.opening:
+                module.matrices()[0].matrix.data[:, 0, -1] += 3.0
+
+    result = fitted([Harm()], affine=partial(Affine, stability=1.0), diagonal_guard=True)
+    assert result.outcome == "diagonal" and result.module.opening == 0
+
+
+def test_nothing_to_guard_without_matrices() -> None:
+    result = fitted(transforms={"mlp_input": [Diagonal]}, diagonal_guard=True)
+    assert "diagonal" not in result.losses and result.outcome == "trained"
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_few_epochs(epochs: int) -> None:
+    result = fitted(epochs=epochs, affine=partial(Affine, stability=1.0))
+    assert "first epoch" not in result.losses and result.attempts == 1
+    if epochs == 0:
+        assert result.losses["trained"] == result.losses["start"]
+
+
+def test_watch_names_the_first() -> None:
+    """Earlier steps before later ones, and within a step the order in which things are computed."""
+    names = [Quantity(0, "", "loss"), Quantity(0, "a", "matrix"), Quantity(1, "b", "delta")]
+    watch = Watch(names)
+    assert watch.first() is None
+    one, bad = torch.ones(()), torch.tensor(torch.nan)
+    watch.update([one, one.double(), one])
+    assert watch.first() is None
+    watch.update([one, one, -bad])
+    watch.update([bad, bad, bad])
+    assert watch.first() == names[2]
+    watch = Watch(names)
+    watch.update([one, one / 0, bad])
+    assert watch.first() == names[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1, 6), (3, 1, 2), (4, 2, 10), (6, 3, 4), (2, 2, 14)]),
+    intermediate=st.sampled_from([2, 14, 50]),
+    epochs=st.integers(0, 2),
+    scheme=st.sampled_from(["w2a16", "w3a16g2", "w4a4", "w2a8sym"]),
+    affine=st.builds(
+        lambda stability, dominance, method: partial(Affine, stability=stability, dominance=dominance, inverse=method),
+        st.sampled_from([1.0, 0.1]), st.sampled_from([0.9, None]), st.sampled_from(["lu", "newton"]),
+    ),
+    rate=st.sampled_from([0.0, 1e-2, 10.0]),
+    damage=st.sampled_from(["none", "zero weights", "constant rows", "dead channels", "dead values"]),
+    guard=st.booleans(),
+)  # fmt: skip
+def test_any_block_ends_finite_and_no_worse(heads, intermediate, epochs, scheme, affine, rate, damage, guard) -> None:
+    """Ragged heads and widths, few epochs, wild steps, and weights that divide by zero if they can."""
+    query, key_value, size = heads
+    model = tiny_llama(
+        hidden_size=query * size,
+        intermediate_size=intermediate,
+        num_attention_heads=query,
+        num_key_value_heads=key_value,
+        num_hidden_layers=1,
+    )
+    block = model.model.layers[0]
+    with torch.no_grad():
+        if damage == "zero weights":
+            block.self_attn.o_proj.weight.zero_(), block.mlp.up_proj.weight.zero_()
+        elif damage == "constant rows":
+            block.self_attn.v_proj.weight.fill_(0.3), block.mlp.gate_proj.weight.fill_(-0.3)
+        elif damage == "dead channels":
+            block.input_layernorm.weight[::2] = 0
+            block.post_attention_layernorm.weight.zero_()
+        elif damage == "dead values":
+            block.self_attn.v_proj.weight[: size // 2].zero_()
+    result = fitted(
+        epochs=epochs,
+        affine=affine,
+        model=model,
+        scheme=Scheme.parse(scheme),
+        transforms={
+            "attention_input": [Shift, Diagonal],
+            "query_key": [RopePair],
+            "value_output": [Diagonal, affine],
+            "mlp_input": [Shift, Diagonal],
+            "mlp_hidden": [Diagonal],
+        },
+        learning_rates=LearningRates(rate, rate),
+        diagonal_guard=guard,
+    )
+    assert all(bool(tensor.isfinite().all()) for tensor in result.module.own().values())
+    assert 1 <= result.attempts <= 3 and len(result.causes) in (result.attempts - 1, 3)
+    assert {"start", "nearest"} <= set(result.losses) and ("diagonal" in result.losses) <= guard

@@ -1,0 +1,90 @@
+"""The fused fake quantization against the plain one, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor
+
+from aq_lightning.kernels.fake_quantize import Request, fused, naive
+from aq_lightning.scheme import Grid
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(height: int, width: int, groups: int, dtype: torch.dtype, rows: bool, columns: bool, direction: bool):
+    """A random request: value, rows, columns, low, high, direction, each a leaf that wants its gradient."""
+    torch.manual_seed(height + width)
+
+    def leaf(tensor: Tensor | None, there: bool = True) -> Tensor | None:
+        return tensor.to(DEVICE).requires_grad_() if there else None
+
+    return [
+        leaf(torch.randn(height, width).to(dtype)),
+        leaf(torch.rand(height) + 0.5, rows),
+        leaf(torch.rand(width) + 0.5, columns),
+        leaf(torch.rand(height, groups) * 0.4 + 0.6),
+        leaf(torch.rand(height, groups) * 0.4 + 0.6),
+        leaf(torch.randn(width), direction),
+    ]
+
+
+def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: torch.dtype):
+    """(outputs, gradients) of the plain path and of the kernel for one random cotangent."""
+    results = []
+    request = Request(*tensors, grid, storage, rounding_only, dtype)
+    for call in (naive.fake_quantize, fused):
+        rounded, gain = call(request)
+        torch.manual_seed(1)
+        loss = (rounded.float() * torch.randn(rounded.shape).to(DEVICE)).sum()
+        loss = loss + (gain * torch.randn(gain.shape).to(DEVICE)).sum()
+        wanted = [tensor for tensor in tensors if tensor is not None]
+        results.append(((rounded, gain), torch.autograd.grad(loss, wanted)))
+    return results
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rounding_only", [False, True])
+@pytest.mark.parametrize(("height", "width", "groups"), [(5, 48, 3), (70, 64, 1), (33, 96, 1), (130, 128, 2)], ids=str)
+def test_kernel_equals_the_plain_path(bits, symmetric, rounding_only, height, width, groups) -> None:
+    tensors = inputs(height, width, groups, torch.float32, True, True, True)
+    grid = Grid(bits, width // groups, symmetric)
+    (plain, wanted), (fused, got) = both(tensors, grid, torch.float16, rounding_only, torch.float32)
+    for name, a, b in zip(("rounded", "gain"), plain, fused, strict=True):
+        assert_close(name, a, b, 1e-5)
+    for name, a, b in zip(("value", "rows", "columns", "low", "high", "direction"), wanted, got, strict=True):
+        assert_close(name, a, b, 1e-4)
+
+
+BFLOAT16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+@pytest.mark.parametrize(
+    "absent", [(True, True, False), (False, True, True), (False, False, False), (True, False, True)]
+)
+def test_parts_may_be_absent_and_weights_in_half_precision(dtype, absent) -> None:
+    tensors = inputs(20, 64, 2, dtype, *absent)
+    grid = Grid(4, 32)
+    (plain, wanted), (fused, got) = both(tensors, grid, dtype, True, dtype)
+    assert fused[0].dtype == dtype
+    for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
+        assert b.dtype == a.dtype
+        assert_close("result", a.float(), b.float(), 1e-2 if a.dtype != torch.float32 else 1e-4)
+
+
+def test_groups_of_zeros_and_of_one_sign_stay_finite() -> None:
+    tensors = inputs(6, 32, 2, torch.float32, True, True, True)
+    with torch.no_grad():
+        tensors[0][0] = 0
+        tensors[0][1] = tensors[0][1].abs()
+        tensors[0][2] = -tensors[0][2].abs()
+        tensors[0][3, ::2] = 1.5
+    (plain, wanted), (fused, got) = both(tensors, Grid(3, 16), torch.float16, True, torch.float32)
+    for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
+        assert torch.isfinite(b).all()
+        assert_close("result", a, b, 1e-4)
