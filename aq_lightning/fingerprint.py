@@ -29,11 +29,18 @@ def fingerprint(source: Source, revision: str | None, tokens: Mapping[str, Tenso
     return {
         **_model(source, revision),
         **{f"{split} tokens": _tokens(windows) for split, windows in tokens.items()},
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "device": device,
         "world size": "1",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # this package itself, run from its directory
+        return "not installed"
 
 
 def _model(source: Source, revision: str | None) -> dict[str, str]:

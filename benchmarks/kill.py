@@ -1,6 +1,6 @@
 """Kills a calibration at random instants, lets it go on until it is done, and compares every byte of the result.
 
-python benchmarks/kill.py --kills 100 [--device cuda] [--seed 0] [--keep_streams false]
+python benchmarks/kill.py --kills 100 [--device cuda] [--compiled true] [--seed 0] [--keep_streams false]
 
 A nursery process imports everything once and forks a child for every life of a run. A child dies of SIGKILL at an
 event (the n-th write, sync, rename or optimizer step, a write being cut in half) or at an instant of the clock.
@@ -62,6 +62,7 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
     def run(self, arguments: list[str], event: int | None = None, seconds: float | None = None) -> Life:
@@ -225,6 +226,7 @@ def _main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep_streams", choices=("true", "false"), default="true")
+    parser.add_argument("--compiled", choices=("true", "false"), default="false")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
@@ -233,7 +235,8 @@ def _main() -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         tiny_model(directory / "model")
-        command = tiny_fit(directory / "model", "--keep_streams", options.keep_streams, device=options.device)
+        more = ["--keep_streams", options.keep_streams, "--model.compiled", options.compiled]
+        command = tiny_fit(directory / "model", *more, device=options.device)
         counts: Counter[str] = Counter()
         with Nursery(directory / "log") as nursery:
             try:
