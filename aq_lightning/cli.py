@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
@@ -35,7 +34,9 @@ from aq_lightning.models.loading import (
     storage_of,
 )
 from aq_lightning.models.lookup import architecture_of, heads_of
+from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
+from aq_lightning.quiet import quiet
 from aq_lightning.verbs import VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -89,12 +90,22 @@ class CommandLine(LightningCLI):
         parser.add_argument("--out", type=str | None, default=None, help="directory for everything that is written")
         parser.link_arguments("model.pretrained", "data.pretrained")
 
+    def instantiate_classes(self) -> None:
+        refuse_nulls(QuantizedLanguageModel, vars(self._section.model), "model.")
+        refuse_nulls(TokenWindows, vars(self._section.data), "data.")
+        if self.subcommand == "fit":
+            refuse_nulls(Guards, vars(self._section), "")
+        super().instantiate_classes()
+
     def instantiate_trainer(self, **changes: object) -> Trainer:
         """A fresh Trainer from the configuration, ``changes`` winning; bfloat16 autocast on a GPU unless told."""
         if self._section.trainer.precision is None:
             gpu = torch.cuda.is_available() and self._section.trainer.accelerator != "cpu"
             changes.setdefault("precision", "bf16-mixed" if gpu else "32-true")
-        trainer = super().instantiate_trainer(**{"logger": False, **changes})
+        try:
+            trainer = super().instantiate_trainer(**{"logger": False, **changes})
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise RequestError(f"The options of trainer: are Lightning's, got one it refuses: {error}") from error
         if trainer.world_size > 1:
             raise RequestError(f"Calibration runs on 1 device, got {trainer.world_size}: set --trainer.devices 1.")
         if trainer.strategy.root_device.type not in ("cpu", "cuda"):
@@ -168,10 +179,11 @@ class CommandLine(LightningCLI):
                 for damaged in run.repair():
                     print(f"damaged, and made again: {damaged}", flush=True)
                 run.finish(self._results(pretrained, model, datamodule, run, guards))
-        except OSError as error:
+        except (OSError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
             raise Interrupted(
-                f"stopped by a file that could not be written or read ({error}); what is finished is safe in "
-                f"{run.path}: free space or mend the place, and the same command goes on."
+                f"stopped by a fault ({type(error).__name__}: {reason}); what is finished is safe in {run.path}: make "
+                "room or mend what failed, and the same command goes on."
             ) from error
 
     def _results(
@@ -264,24 +276,10 @@ def _check(
     return source, getattr(config, "_commit_hash", None), disk_use(shell, attached, len(blocks), recipe, stream)
 
 
-def _quiet() -> None:
-    """Silences what Lightning says once per Trainer, of which there is one per block."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*Checkpoint directory .* exists.*",
-        ".*LeafSpec.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen blocks belong in eval mode
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2, an interrupted run in one and
     75 (``EX_TEMPFAIL``): the same command goes on."""
-    _quiet()
+    quiet()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         if verb in VERBS:

@@ -88,6 +88,7 @@ def quantize(job: Job, windows: Tensor) -> None:
     """
     recipe, model = job.recipe, job.pretrained
     plan = list(recipe.plan.windows(len(model.blocks)))
+    check_windows(windows, model.model.get_input_embeddings().num_embeddings)
     if all(job.journal.finished(indices.start) for indices in plan):
         return export(job)
     stream, arguments = capture(model.model, model.blocks, windows, recipe.streams, job.device)
@@ -114,6 +115,23 @@ def quantize(job: Job, windows: Tensor) -> None:
         if job.guards.keep_streams and indices is not plan[-1]:
             job.journal.keep(indices.stop, streams)
     export(job)
+
+
+def check_windows(windows: Tensor, vocabulary: int) -> None:
+    """
+    Raises:
+        RequestError: these are no windows of tokens of a model with so many.
+    """
+    if windows.dtype != torch.int64 or windows.ndim != 2 or windows.numel() == 0:
+        raise RequestError(
+            "Calibration windows are int64 of shape (samples, length), got "
+            f"{windows.dtype} of shape {tuple(windows.shape)}: tokenize the text again."
+        )
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise RequestError(
+            f"Tokens lie in [0, {vocabulary}), the model's vocabulary, got {least} to {most}: use its own tokenizer."
+        )
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:

@@ -29,6 +29,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.fingerprint",
         "aq_lightning.disk",
         "aq_lightning.status",
+        "aq_lightning.nulls",
+        "aq_lightning.quiet",
     ),
     ("aq_lightning.calibration", "aq_lightning.export", "aq_lightning.deploy", "aq_lightning.evaluation"),
     ("aq_lightning.recipe",),

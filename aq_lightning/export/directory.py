@@ -27,6 +27,7 @@ from torch import Tensor
 
 from aq_lightning.durable import partial_of, save_tensors, sync
 from aq_lightning.errors import RequestError
+from aq_lightning.models.files import read_object, weight_map
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -84,8 +85,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """
         single, index = _renamed(SINGLE, stem), _renamed(INDEX, stem)
         if (directory / index).is_file():
-            weight_map = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"]
-            self._files: dict[str, Path] = {name: directory / file for name, file in weight_map.items()}
+            self._files: dict[str, Path] = weight_map(directory / index)
         elif (directory / single).is_file():
             with safe_open(directory / single, framework="pt") as file:
                 self._files = dict.fromkeys(file.keys(), directory / single)
@@ -117,7 +117,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise RequestError(f"A model directory holds {CONFIG}, got {directory}: give another path.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)
 
 
 def gathered(shards: Iterable[Mapping[str, Tensor]], limit: int = 4 * 2**30) -> Iterator[dict[str, Tensor]]:
