@@ -1,4 +1,4 @@
-"""The one exception users are meant to read."""
+"""The exceptions that users are meant to read."""
 
 from __future__ import annotations
 
@@ -7,4 +7,12 @@ class RequestError(ValueError):
     """A request that cannot be granted: says which invariant fails, what was received, and the fix.
 
     Raised before anything is written. The command line prints its message without a traceback and exits with 2.
+    """
+
+
+class Interrupted(Exception):
+    """A run that stopped before its end, with everything finished so far on the disk: the same command goes on.
+
+    The command line prints its message without a traceback and exits with 75 (``EX_TEMPFAIL``), whereupon a scheduler
+    may give the command again.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
-from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate
+from aq_lightning.models.files import read_object
+from aq_lightning.models.loading import (
+    Source,
+    check_elements,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    reading,
+)
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.naming import from_checkpoint
 from aq_lightning.scheme import Scheme
@@ -40,13 +48,20 @@ def open_model(
     directory = Path(source.location).expanduser()
     if source.gguf_file or not _is_quantized(directory):
         return load_model(source, dtype, trust_remote_code), tokenizer, None
-    scheme, _ = read(directory)
+    with reading(source):
+        scheme, _ = read(directory)
+        return _dense(source, directory, dtype, trust_remote_code), tokenizer, scheme
+
+
+def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a quantized checkpoint, dequantized."""
     config = load_config(source, trust_remote_code)
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
+    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
+    check_elements(config, sum(tensor.numel() for tensor in tensors.values()), source)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     run_here(model.config)
-    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
     carry_stored(model, {name: tensor for name, tensor in tensors.items() if carrier(name)})
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -54,11 +69,11 @@ def open_model(
     if absent or unexpected:
         raise RequestError(
             f"A checkpoint holds exactly its model's tensors, got {sorted(absent)[:3]} missing and "
-            f"{sorted(unexpected)[:3]} unknown in {pretrained!r}: write it again."
+            f"{sorted(unexpected)[:3]} unknown in {source.location!r}: write it again."
         )
-    return model.eval().requires_grad_(False), tokenizer, scheme
+    return model.eval().requires_grad_(False)
 
 
 def _is_quantized(directory: Path) -> bool:
     config = directory / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text())
+    return config.is_file() and "quantization_config" in read_object(config)
