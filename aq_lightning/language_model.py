@@ -39,6 +39,8 @@ class QuantizedLanguageModel(LightningModule):
         streams: how activations are cached.
         compiled: whether training steps run through torch.compile, once for all blocks alike; null: on a GPU only,
             where it pays from the first block on.
+        captured: whether training steps are recorded once per window as a CUDA graph, which spares the host; null: on a
+            GPU.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
@@ -61,6 +63,7 @@ class QuantizedLanguageModel(LightningModule):
         plan: WindowPlan = WindowPlan(),
         streams: StreamStorage = StreamStorage(),
         compiled: bool | None = None,
+        captured: bool | None = None,
         layout: Layout = "padded",
         diagonal_guard: bool = False,
         trust_remote_code: bool = False,
@@ -85,6 +88,7 @@ class QuantizedLanguageModel(LightningModule):
             plan=plan,
             streams=streams,
             compiled=compiled,
+            captured=captured,
             layout=layout,
             diagonal_guard=diagonal_guard,
         )

@@ -101,6 +101,8 @@ class Recipe:
     """How activations are cached."""
     compiled: bool | None
     """Whether training steps run through torch.compile; None: on a GPU."""
+    captured: bool | None
+    """Whether training steps are recorded as a CUDA graph; None: on a GPU."""
     layout: Layout
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""
     diagonal_guard: bool = False

@@ -80,6 +80,7 @@ def recipe_of(draw: random.Random, dominance: float | None) -> Recipe:
         plan=WindowPlan(),
         streams=StreamStorage("float32", "host"),
         compiled=False,
+        captured=False,
         layout="padded",
         diagonal_guard=draw.random() < 0.25,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aq_lightning.calibration.attach import AttachedBlock
-from aq_lightning.calibration.microbatch import MicroBatched
+from aq_lightning.calibration.captured import Captured
 from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.calibration.watch import Cause, Quantity, Watch
@@ -37,7 +37,7 @@ class Position:
     """Number of windows in the model."""
 
 
-class BlockCalibration(MicroBatched):
+class BlockCalibration(Captured):
     """Fits the transforms and clipping of a window of blocks to its target; the blocks themselves are frozen.
 
     Args:
@@ -79,8 +79,7 @@ class BlockCalibration(MicroBatched):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
-        compiled = self.device.type == "cuda" if self.recipe.compiled is None else self.recipe.compiled
-        answer = _compiled() if compiled else _answer
+        answer = _compiled() if self._wanted(self.recipe.compiled) else _answer
         for block, others in zip(self.blocks, self.arguments, strict=True):
             hidden = answer(block, hidden, others)
         return hidden
@@ -93,20 +92,33 @@ class BlockCalibration(MicroBatched):
         index, places = self.position.index, self._places()
         inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
         parameters = [_quantity(name, index) for name, _ in self._trained()]
-        self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters])
+        self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters], self.device)
+        self._watched = [parameter.detach() for _, parameter in self._trained()]
 
     def on_train_epoch_start(self) -> None:
         for matrix in self.matrices():
             matrix.residual.zero_()
             matrix.worst_bound.zero_()
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def recordable(self) -> bool:
+        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
+        routed = any(block.architecture.experts for block in self.blocks)  # tokens, which decides every shape
+        return self._wanted(self.recipe.captured) and alone and not scaled and not routed
+
+    def _wanted(self, choice: bool | None) -> bool:
+        """What the recipe says, or where it says nothing, whether this is a GPU."""
+        return self.device.type == "cuda" if choice is None else choice
+
+    def after_update(self) -> None:
         for matrix in self.matrices():
             matrix.project()
             matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
-        norms = torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])
+        norms = torch._foreach_norm(self._watched)
         self.watch.update([*(matrix.residual for matrix in self.matrices()), self._step_loss, *norms])
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         if self.trainer.is_last_batch:
             self._judge()
         if self.after_step is not None:
@@ -126,8 +138,8 @@ class BlockCalibration(MicroBatched):
         self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
-        for matrix in self.matrices():
-            matrix.doubt()
+        if any([matrix.doubt() for matrix in self.matrices()]):
+            self.forget()
         if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
             self.sound = [*self.sound[:1], self.state()]
 
@@ -160,8 +172,8 @@ class BlockCalibration(MicroBatched):
     def on_train_start(self) -> None:
         if self._restored is not None:
             kept = self._restored["window"]
-            self.watch.steps, since = kept["watch"]
-            self.watch.since = None if since is None else since.to(self.device)
+            for tensor, known in zip((self.watch.steps, self.watch.since), kept["watch"], strict=True):
+                tensor.copy_(known)
             self.trainer.should_stop = kept["stopped"]
             restore_random_state(self._restored["random"])
 

@@ -48,22 +48,22 @@ class Watch:
 
     Args:
         quantities: in the order in which a step computes them, so that what follows from another comes after it.
+        device: theirs.
     """
 
-    def __init__(self, quantities: Sequence[Quantity]) -> None:
+    def __init__(self, quantities: Sequence[Quantity], device: torch.device) -> None:
         self.quantities = quantities
-        self.steps = 0
-        self.since: Tensor | None = None  # (quantities): the step in which each was first not finite, else infinite
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.since = self.steps.new_full((len(quantities),), torch.inf)  # step in which each was first not finite
 
     def update(self, values: Sequence[Tensor]) -> None:
         """Takes in one scalar per quantity: a step has passed."""
         finite = torch.stack([value.double() for value in values]).isfinite()  # (quantities)
-        now = torch.where(finite, torch.inf, float(self.steps))
-        self.since = now if self.since is None else torch.minimum(self.since, now)
+        self.since.copy_(torch.minimum(self.since, torch.where(finite, torch.inf, self.steps)))
         self.steps += 1
 
     def first(self) -> Quantity | None:
         """The first that was not finite; waits for the device."""
-        if self.since is None or bool(self.since.isinf().all()):
+        if bool(self.since.isinf().all()):
             return None
         return self.quantities[int(self.since.argmin())]

@@ -177,10 +177,11 @@ class Affine(Factor):
             self.last.copy_(found.detach())
         return found
 
-    def doubt(self) -> None:
-        """Turns to pivoting for good if the inverse was ever out of tolerance."""
-        if not float(self.residual) <= TOLERANCE:
-            self.method = "pivoted"
+    def doubt(self) -> bool:
+        """Turns to pivoting for good if the inverse was ever out of tolerance; says whether that changes anything."""
+        doubted = self.method != "pivoted" and not float(self.residual) <= TOLERANCE
+        self.method = "pivoted" if doubted else self.method
+        return doubted
 
     def operation(self) -> Operation:
         return BlockProduct(inverse=torch.empty_like(self.matrix, device="meta"))

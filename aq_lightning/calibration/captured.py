@@ -1,0 +1,120 @@
+"""Optimizer steps without the host in their way: forward and backward as one CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aq_lightning.calibration.microbatch import MicroBatched
+
+_WARM_UP = 3  # runs before recording, in which libraries allocate what they keep
+
+
+class Graph:
+    """Work on the device that is recorded once and then replayed; it must read and write the same tensors every time.
+
+    Args:
+        work: enqueues the work and returns tensors, the same on every replay.
+        warm_up: times it runs before it is recorded.
+    """
+
+    def __init__(self, work: Callable[[], Tensor | None], warm_up: int) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.result = work()
+
+    def replay(self) -> Tensor | None:
+        """Does the work again; what ``work`` returned when it was recorded."""
+        self._graph.replay()
+        return self.result
+
+
+class Captured(MicroBatched):
+    """A module that records its step on a GPU and replays it for every full batch.
+
+    Recording happens in the first step of a fit. Gradients are written by each replay, not added up, and so are never
+    cleared. Batches of another size, and those that are cut for want of memory, run as they would without.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step: Graph | None = None
+        self._batch: tuple[Tensor, Tensor] = ()  # what the recorded step reads
+        self._after: Graph | None = None
+        self._replayed = self._refused = False
+
+    def recordable(self) -> bool:
+        """Whether steps may be recorded."""
+        raise NotImplementedError
+
+    def after_update(self) -> None:
+        """What follows each optimizer step, on the device alone; recorded too."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drops what was recorded: the next step records anew."""
+        self._step = self._after = None
+        self._batch = ()
+        self.zero_grad()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self._replayed = False
+        if self._step is not None and self.micro_batch:
+            self.forget()
+        if self._step is None and not self._refused and not self.micro_batch and self.recordable():
+            self._record(batch)
+        if self._step is None or batch[0].shape != self._batch[0].shape:
+            return super().training_step(batch, batch_idx)
+        for kept, given in zip(self._batch, batch, strict=True):
+            kept.copy_(given)
+        self._samples, self._replayed = len(batch[0]), True
+        self._step_loss = self._step.replay()
+        self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
+        return self._step_loss
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self._replayed:
+            self._after = self._after or Graph(self.after_update, warm_up=0)
+            self._after.replay()
+        else:
+            self.after_update()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._replayed:  # a replay has done it
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self._step is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        elif not self._replayed:
+            optimizer.zero_grad(set_to_none=False)  # the graph goes on writing to these tensors
+
+    def _record(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._batch = tuple(tensor.clone() for tensor in batch)
+
+        def work() -> Tensor:
+            self.zero_grad()  # so that the backward pass writes, instead of adding to what was there
+            loss = self.objective(*self._batch)
+            loss.backward()
+            return loss.detach()
+
+        try:
+            self._step = Graph(work, _WARM_UP)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refused = True
+            self.forget()
+            warnings.warn(f"{self.place}: steps cannot be recorded ({error}); going on without.", stacklevel=2)
