@@ -13,8 +13,10 @@ from aq_lightning.scheme import Grid
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def inputs(height: int, width: int, groups: int, dtype: torch.dtype, rows: bool, columns: bool, direction: bool):
-    """A random request: value, rows, columns, low, high, direction, each a leaf that wants its gradient."""
+def inputs(
+    height: int, width: int, groups: int, dtype: torch.dtype, rows: bool, columns: bool, direction: bool, offset: bool
+):
+    """A random request: value, rows, columns, low, high, direction, offset, each a leaf that wants its gradient."""
     torch.manual_seed(height + width)
 
     def leaf(tensor: Tensor | None, there: bool = True) -> Tensor | None:
@@ -27,6 +29,7 @@ def inputs(height: int, width: int, groups: int, dtype: torch.dtype, rows: bool,
         leaf(torch.rand(height, groups) * 0.4 + 0.6),
         leaf(torch.rand(height, groups) * 0.4 + 0.6),
         leaf(torch.randn(width), direction),
+        leaf(torch.rand(height, width) - 0.5, offset),
     ]
 
 
@@ -49,12 +52,12 @@ def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: 
 @pytest.mark.parametrize("rounding_only", [False, True])
 @pytest.mark.parametrize(("height", "width", "groups"), [(5, 48, 3), (70, 64, 1), (33, 96, 1), (130, 128, 2)], ids=str)
 def test_kernel_equals_the_plain_path(bits, symmetric, rounding_only, height, width, groups) -> None:
-    tensors = inputs(height, width, groups, torch.float32, True, True, True)
+    tensors = inputs(height, width, groups, torch.float32, True, True, True, True)
     grid = Grid(bits, width // groups, symmetric)
     (plain, wanted), (fused, got) = both(tensors, grid, torch.float16, rounding_only, torch.float32)
     for name, a, b in zip(("rounded", "gain"), plain, fused, strict=True):
         assert_close(name, a, b, 1e-5)
-    for name, a, b in zip(("value", "rows", "columns", "low", "high", "direction"), wanted, got, strict=True):
+    for name, a, b in zip(("value", "rows", "columns", "low", "high", "direction", "offset"), wanted, got, strict=True):
         assert_close(name, a, b, 1e-4)
 
 
@@ -64,9 +67,7 @@ BFLOAT16 = pytest.param(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
-@pytest.mark.parametrize(
-    "absent", [(True, True, False), (False, True, True), (False, False, False), (True, False, True)]
-)
+@pytest.mark.parametrize("absent", [(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0), (1, 0, 1, 1), (0, 0, 0, 1)])
 def test_parts_may_be_absent_and_weights_in_half_precision(dtype, absent) -> None:
     tensors = inputs(20, 64, 2, dtype, *absent)
     grid = Grid(4, 32)
@@ -78,7 +79,7 @@ def test_parts_may_be_absent_and_weights_in_half_precision(dtype, absent) -> Non
 
 
 def test_groups_of_zeros_and_of_one_sign_stay_finite() -> None:
-    tensors = inputs(6, 32, 2, torch.float32, True, True, True)
+    tensors = inputs(6, 32, 2, torch.float32, True, True, True, True)
     with torch.no_grad():
         tensors[0][0] = 0
         tensors[0][1] = tensors[0][1].abs()

@@ -34,6 +34,7 @@ def _operator(
     low: Tensor,
     high: Tensor,
     direction: Tensor | None,
+    offset: Tensor | None,
     bits: int,
     symmetric: bool,
     storage: torch.dtype,
@@ -43,11 +44,13 @@ def _operator(
     from aq_lightning.kernels.fake_quantize import triton
 
     grid = Grid(bits, symmetric=symmetric)
-    return triton.forward(Request(value, rows, columns, low, high, direction, grid, storage, rounding_only, dtype))
+    return triton.forward(
+        Request(value, rows, columns, low, high, direction, offset, grid, storage, rounding_only, dtype)
+    )
 
 
 @_operator.register_fake
-def _(value, rows, columns, low, high, direction, bits, symmetric, storage, rounding_only, dtype):
+def _(value, rows, columns, low, high, direction, offset, bits, symmetric, storage, rounding_only, dtype):
     return value.new_empty(value.shape, dtype=dtype), low.new_empty(value.shape[0])
 
 
@@ -61,6 +64,7 @@ def _backward_operator(
     low: Tensor,
     high: Tensor,
     direction: Tensor | None,
+    offset: Tensor | None,
     bits: int,
     symmetric: bool,
     storage: torch.dtype,
@@ -70,16 +74,32 @@ def _backward_operator(
     from aq_lightning.kernels.fake_quantize import triton
 
     grid = Grid(bits, symmetric=symmetric)
-    request = Request(value, rows, columns, low, high, direction, grid, storage, rounding_only, d_rounded.dtype)
+    request = Request(value, rows, columns, low, high, direction, offset, grid, storage, rounding_only, d_rounded.dtype)
     return triton.backward(request, d_rounded, d_gain, needs_value)
 
 
 @_backward_operator.register_fake
-def _(d_rounded, d_gain, value, rows, columns, low, high, direction, bits, symmetric, storage, rounding_only, needs):
+def _(
+    d_rounded,
+    d_gain,
+    value,
+    rows,
+    columns,
+    low,
+    high,
+    direction,
+    offset,
+    bits,
+    symmetric,
+    storage,
+    rounding_only,
+    needs,
+):
     def like(tensor: Tensor | None) -> Tensor:
         return low.new_empty((0,) if tensor is None else tensor.shape)
 
-    return [like(value if needs else None), like(rows), like(columns), like(low), like(high), like(direction)]
+    value = value if needs else None
+    return [like(tensor) for tensor in (value, rows, columns, low, high, direction, offset)]
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -92,7 +112,7 @@ def _backward(ctx, d_rounded: Tensor, d_gain: Tensor) -> tuple[Tensor | None, ..
     gradients = _backward_operator(
         d_rounded, d_gain, *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, needs_value
     )
-    wanted = zip(gradients, tensors, ctx.needs_input_grad[:6], strict=True)
+    wanted = zip(gradients, tensors, ctx.needs_input_grad[:7], strict=True)
     return *(gradient.to(tensor.dtype) if needed else None for gradient, tensor, needed in wanted), *[None] * 5
 
 

@@ -59,6 +59,15 @@ def _grid(
 
 
 @triton.jit
+def _codes(b_w, b_s, b_z, p_offset, m, LEVELS: tl.constexpr, HAS_OFFSET: tl.constexpr):
+    """Weights in steps, and their codes before and after the clamp, float32 [R, G]."""
+    b_x = tl.div_rn(b_w, b_s[:, None])
+    b_o = tl.load(p_offset, mask=m, other=0.0).to(tl.float32) if HAS_OFFSET else 0.0
+    b_ur = _round(b_x + b_o) + b_z[:, None]
+    return b_x, b_ur, tl.minimum(tl.maximum(b_ur, 0.0), LEVELS - 1.0)
+
+
+@triton.jit
 def _ends_gradient(
     b_ds, b_dz, b_low, b_high, b_lo, b_hi, b_s, b_ok, b_zr, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr
 ):  # fmt: skip
@@ -85,11 +94,11 @@ def _through_extreme(b_w, m, b_extreme, b_d):
 
 @triton.jit
 def _fake_quantize_fwd_kernel(
-    value, rows, columns, low, high, direction, rounded, gain,
+    value, rows, columns, low, high, direction, offset, rounded, gain,
     height, width, size, groups, chunk,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, ROUNDING_ONLY: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    ROUNDING_ONLY: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_group = tl.program_id(0), tl.program_id(1)
     o_in = tl.arange(0, G)
@@ -103,10 +112,9 @@ def _fake_quantize_fwd_kernel(
         b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
             b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
         )
-        b_u = _round(tl.div_rn(b_w, b_s[:, None])) + b_z[:, None]
-        b_u = tl.minimum(tl.maximum(b_u, 0.0), LEVELS - 1.0)
-        b_q = (b_u - b_z[:, None]) * b_s[:, None]
         o_w = o_row[:, None].to(tl.int64) * width + o_col[None, :]
+        b_x, b_ur, b_u = _codes(b_w, b_s, b_z, offset + o_w if HAS_OFFSET else offset, m, LEVELS, HAS_OFFSET)
+        b_q = (b_u - b_z[:, None]) * b_s[:, None]
         tl.store(rounded + o_w, b_q.to(rounded.dtype.element_ty), mask=m)
         if HAS_DIRECTION:
             b_d = tl.load(direction + o_col, mask=o_in < size, other=0.0)[None, :]
@@ -116,12 +124,12 @@ def _fake_quantize_fwd_kernel(
 
 @triton.jit
 def _fake_quantize_bwd_kernel(
-    value, rows, columns, low, high, direction, d_rounded, d_gain,
-    d_value, d_rows, d_columns, d_low, d_high, d_direction,
+    value, rows, columns, low, high, direction, offset, d_rounded, d_gain,
+    d_value, d_rows, d_columns, d_low, d_high, d_direction, d_offset,
     height, width, size, groups, chunk,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, STORAGE: tl.constexpr, TINY: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, ROUNDING_ONLY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    ROUNDING_ONLY: tl.constexpr, NEEDS_VALUE: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     i_chunk, i_group = tl.program_id(0), tl.program_id(1)
     o_in = tl.arange(0, G)
@@ -137,10 +145,8 @@ def _fake_quantize_bwd_kernel(
         b_a, b_b, b_min, b_max, b_lo, b_hi, b_s, b_ok, b_zr, b_z = _grid(
             b_w, m, m_row, low + o_range, high + o_range, LEVELS, SYMMETRIC, STORAGE, TINY
         )
-        b_x = tl.div_rn(b_w, b_s[:, None])
-        b_ur = _round(b_x) + b_z[:, None]
-        b_u = tl.minimum(tl.maximum(b_ur, 0.0), LEVELS - 1.0)
         o_w = o_row[:, None].to(tl.int64) * width + o_col[None, :]
+        b_x, b_ur, b_u = _codes(b_w, b_s, b_z, offset + o_w if HAS_OFFSET else offset, m, LEVELS, HAS_OFFSET)
         b_g = tl.load(d_rounded + o_w, mask=m, other=0.0).to(tl.float32)
         b_dw = tl.zeros([R, G], tl.float32)
         if HAS_DIRECTION:
@@ -154,6 +160,8 @@ def _fake_quantize_bwd_kernel(
         b_g = tl.where(m, b_g, 0.0)
         b_inside = tl.where((b_ur >= 0.0) & (b_ur <= LEVELS - 1.0), b_g, 0.0)
         b_dw += b_inside
+        if HAS_OFFSET:
+            tl.store(d_offset + o_w, b_inside * b_s[:, None], mask=m)
         b_ds = tl.sum(b_g * (b_u - b_z[:, None]) - b_inside * b_x, axis=1)  # [R]
         b_dz = -b_s * tl.sum(b_g - b_inside, axis=1)  # [R]
         b_dlo, b_dhi = _ends_gradient(
@@ -190,15 +198,15 @@ def forward(request: Request) -> tuple[Tensor, Tensor]:
     (R, G, chunk, warps), constants = _plan(request), _constants(request)
     grid = (triton.cdiv(value.shape[0], chunk), low.shape[1])
     _fake_quantize_fwd_kernel[grid](
-        value, request.rows, request.columns, low, request.high, request.direction, rounded, gain,
+        value, request.rows, request.columns, low, request.high, request.direction, request.offset, rounded, gain,
         *value.shape, value.shape[1] // low.shape[1], low.shape[1], chunk, R=R, G=G, num_warps=warps, **constants,
     )  # fmt: skip
     return rounded, gain.sum(1)
 
 
 def backward(request: Request, d_rounded: Tensor, d_gain: Tensor, needs_value: bool) -> list[Tensor]:
-    """Gradients of value, rows, columns, low, high, direction; empty where there is none."""
-    value, rows, columns, low, high, direction = request[:6]
+    """Gradients of value, rows, columns, low, high, direction, offset; empty where there is none."""
+    value, rows, columns, low, high, direction, offset = request[:7]
     (height, width), groups = value.shape, low.shape[1]
     (R, G, chunk, warps), constants = _plan(request), _constants(request)
     chunks = triton.cdiv(height, chunk)
@@ -206,16 +214,18 @@ def backward(request: Request, d_rounded: Tensor, d_gain: Tensor, needs_value: b
     d_rows = low.new_empty((0,) if rows is None else (height, groups))
     d_columns = low.new_empty((0,) if columns is None else (chunks, width))
     d_direction = low.new_empty((0,) if direction is None else (chunks, width))
+    d_offset = low.new_empty((0,) if offset is None else (height, width))
     d_low, d_high = torch.empty_like(low), torch.empty_like(high)
     _fake_quantize_bwd_kernel[(chunks, groups)](
-        value, rows, columns, low, high, direction, d_rounded.contiguous(), d_gain.contiguous(),
-        d_value, d_rows, d_columns, d_low, d_high, d_direction,
+        value, rows, columns, low, high, direction, offset, d_rounded.contiguous(), d_gain.contiguous(),
+        d_value, d_rows, d_columns, d_low, d_high, d_direction, d_offset,
         height, width, width // groups, groups, chunk,
         NEEDS_VALUE=needs_value, R=R, G=G, num_warps=warps, **constants,
     )  # fmt: skip
     d_rows = d_rows if rows is None else d_rows.sum(1)
     d_columns = d_columns if columns is None else d_columns.sum(0)
-    return [d_value, d_rows, d_columns, d_low, d_high, d_direction if direction is None else d_direction.sum(0)]
+    d_direction = d_direction if direction is None else d_direction.sum(0)
+    return [d_value, d_rows, d_columns, d_low, d_high, d_direction, d_offset]
 
 
 def _plan(request: Request) -> tuple[int, int, int, int]:
@@ -236,5 +246,6 @@ def _constants(request: Request) -> dict[str, object]:
         "HAS_ROWS": request.rows is not None,
         "HAS_COLUMNS": request.columns is not None,
         "HAS_DIRECTION": request.direction is not None,
+        "HAS_OFFSET": request.offset is not None,
         "ROUNDING_ONLY": request.rounding_only,
     }
