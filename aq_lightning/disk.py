@@ -65,7 +65,7 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
     return DiskUse(
         result=blocks * packed + storage * max(outside, 0),
         blocks=blocks * (packed + learnt),
-        inside=7 * recipe.plan.size * 6 * learnt,  # six attempts at most; each: parameters, moments, states to return to
+        inside=7 * recipe.plan.size * 6 * learnt,  # attempts, six at most; parameters, moments, states to return to
         streams=2 * pair,
     )
 
