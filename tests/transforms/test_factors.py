@@ -347,9 +347,11 @@ def test_projection_keeps_rows_dominant(size, blocks, scale, stability, dominanc
     schedule=st.sampled_from(["exact", "paper", "none"]),
     stability=st.sampled_from([1.0, 0.1, 1e-3]),
     method=st.sampled_from(["lu", "newton", "pivoted"]),
+    seed=st.integers(0, 99),
 )
-def test_any_mask_on_any_heads_leaves_an_exact_map(blocks, size, group, plan, schedule, stability, method) -> None:
+def test_any_mask_on_any_heads_is_exact(blocks, size, group, plan, schedule, stability, method, seed) -> None:
     """After a wild step and the projection: nothing beyond the band, both directions exact, the bounds true."""
+    torch.manual_seed(seed)
     affine = Affine(SiteShape(blocks, size), stability, inverse=method)
     affine.open_band(*plan, schedule)
     with torch.no_grad():
@@ -361,7 +363,8 @@ def test_any_mask_on_any_heads_leaves_an_exact_map(blocks, size, group, plan, sc
     full = torch.block_diag(*(each for each in matrix for _ in range(group)))
     x = torch.randn(3, blocks * group * size, dtype=torch.float64)
     both = affine(torch.float64)
-    assert_close("x A⁻¹", x @ torch.linalg.inv(full), both.inverse(x), 1e-10)
+    exact = 1e-7 if method == "newton" else 1e-10  # it stops at a residual of 1e-9, which the condition magnifies
+    assert_close("x A⁻¹", x @ torch.linalg.inv(full), both.inverse(x), exact)
     assert_close("w Aᵀ", x @ full.mT, both.transpose(x), 1e-13)
     condition = torch.linalg.cond(matrix, float("inf")).max()
     assert float(condition) <= float(affine.bound()) * (1 + 1e-9) < float("inf")

@@ -30,9 +30,11 @@ def dominant(blocks: int, size: int, ratio: float = 0.9, device: str = "cpu") ->
 
 
 def near(matrix: Tensor) -> Tensor:
-    """The inverse of a matrix that lies a step away: of residual about 0.3."""
-    step = 0.3 * dominant(*matrix.shape[:2]).sign().to(matrix.device) / matrix.shape[-1]
-    return torch.linalg.inv(matrix + matrix.diagonal(dim1=-2, dim2=-1)[..., None] * step * 0.3)
+    """Almost the inverse: of residual 0.3."""
+    defect = torch.randn_like(matrix)
+    defect = 0.3 * defect / defect.abs().sum(-1, keepdim=True)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.inv(matrix) @ (identity - defect)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,9 +56,11 @@ def test_agrees_with_torch(method: Method, size: int, device: str) -> None:
     ratio=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
     method=st.sampled_from(METHODS),
     leaf=st.sampled_from([1, 2, 5, 128]),
+    seed=st.integers(0, 99),
 )
-def test_dominant_matrices_need_no_pivoting(size: int, blocks: int, ratio: float, method: Method, leaf: int) -> None:
+def test_dominant_matrices_need_no_pivoting(size, blocks, ratio, method, leaf, seed) -> None:
     """However small the blocks that are eliminated one after another, ragged halves included."""
+    torch.manual_seed(seed)
     matrix = dominant(blocks, size, ratio)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("aq_lightning.transforms.inverse._LEAF", leaf)
