@@ -26,7 +26,7 @@ class DiskUse:
     blocks: int
     """Packed weights and transforms of every block."""
     inside: int
-    """Checkpoints inside the block at work, the last and the one being written."""
+    """Checkpoints inside the block at work: one of each attempt at it, and the one being written."""
     streams: int
     """Activations entering the block at work, those being written and those before them; 0 if they are not kept."""
 
@@ -65,7 +65,7 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
     return DiskUse(
         result=blocks * packed + storage * max(outside, 0),
         blocks=blocks * (packed + learnt),
-        inside=2 * recipe.plan.size * 6 * learnt,  # parameters, two moments, two earlier states, gradients' scale
+        inside=7 * recipe.plan.size * 6 * learnt,  # attempts, six at most; parameters, moments, states to return to
         streams=2 * pair,
     )
 
