@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -17,10 +18,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
+from aq_lightning.conversion import convert
 from aq_lightning.data import TokenWindows
 from aq_lightning.doctor import examine
-from aq_lightning.errors import RequestError
+from aq_lightning.errors import ParityError, RequestError
 from aq_lightning.evaluation import Row, overhead_lines, render
+from aq_lightning.export import formats
+from aq_lightning.export.card import Facts, write_card
+from aq_lightning.kernels.layout import Layout
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
     EMBEDDED,
@@ -128,7 +133,7 @@ class CommandLine(LightningCLI):
             print(f"training did not help, so these blocks were left as named: {kept}")
         for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
             print(f"an attempt was stopped, {cause}")
-        print(f"checkpoint: {run.checkpoint}")
+        print(f"checkpoint: {run.checkpoint}\nchecked: {run.results['parity']}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
@@ -156,10 +161,14 @@ class CommandLine(LightningCLI):
             self.trainer.strategy.root_device,
             datamodule.seed,
         )
-        quantize(job, datamodule.calibration())
+        verdict = str(quantize(job, datamodule.calibration()) or "in an earlier session")
         method = Path(str(self._section.config[-1])).stem
         rows.append(comparison.checkpoint(str(run.checkpoint), method))
-        return {"rows": [row.as_dict() for row in rows], "blocks": run.all_metrics()}
+        table = [row.as_dict() for row in rows]
+        write_card(
+            run.checkpoint, Facts(model.pretrained, str(model.recipe.scheme), "compressed-tensors", verdict, table)
+        )
+        return {"rows": table, "blocks": run.all_metrics(), "parity": verdict}
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -204,6 +213,36 @@ def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
     wrong = [finding for finding in findings if not finding.exact and not finding.refusal]
     print(f"{len(wrong)} of {len(findings)} are NOT EXACT" if wrong else "everything that folds is exact")
     return 1 if wrong else 0
+
+
+def export(
+    run: Path,
+    format: formats.Name,
+    out: Path | None = None,
+    layout: Layout | None = None,
+    shard_gib: float = 4.0,
+) -> int:
+    """Writes the model of a finished run in another format, and checks it before it takes its name.
+
+    Args:
+        run: directory of a finished `fit`.
+        format: of the result; docs/deploy.md says which engine loads which.
+        out: directory to make; RUN/<format> unless told.
+        layout: how words are filled, for compressed-tensors with 3, 5, 6 or 7 bits.
+        shard_gib: greatest size of a file of tensors.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        RequestError: there is no checkpoint, or the format cannot hold it.
+        ParityError: the result does not say what the checkpoint says.
+    """
+    if not 0 < shard_gib < math.inf:
+        raise RequestError(f"A file of tensors has a positive size, got {shard_gib}: set --shard_gib to 4.")
+    directory, verdict = convert(run, format, out, layout, int(shard_gib * 2**30))
+    print(f"{format}: {directory}\nchecked: {verdict}")
+    return 0
 
 
 def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
@@ -251,7 +290,7 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-_VERBS = {"doctor": doctor}
+_VERBS = {"doctor": doctor, "export": export}
 """Plain functions beside LightningCLI: they fit nothing, and ask only for what they use."""
 
 
@@ -266,3 +305,6 @@ def main(arguments: list[str] | None = None) -> None:
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,4 +1,4 @@
-"""The one exception users are meant to read."""
+"""The exceptions users are meant to read."""
 
 from __future__ import annotations
 
@@ -7,4 +7,11 @@ class RequestError(ValueError):
     """A request that cannot be granted: says which invariant fails, what was received, and the fix.
 
     Raised before anything is written. The command line prints its message without a traceback and exits with 2.
+    """
+
+
+class ParityError(RuntimeError):
+    """A written checkpoint does not say what the quantized model says: names the first differences and where it lies.
+
+    The files stay where they were written, beside the place that they would have taken.
     """

@@ -29,9 +29,12 @@ from aq_lightning.calibration import (
     switches,
 )
 from aq_lightning.evaluation import effective_bits
-from aq_lightning.export import compressed_tensors
-from aq_lightning.export.directory import gathered
+from aq_lightning.export import compressed_tensors, formats, parity
+from aq_lightning.export.base import Subject
+from aq_lightning.export.directory import gathered, verified
+from aq_lightning.export.parity import Verdict
 from aq_lightning.models.loading import Pretrained, save_companions
+from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.recipe import Recipe
 
@@ -54,12 +57,15 @@ class Job:
     """Of the order in which samples are visited."""
 
 
-def quantize(job: Job, windows: Tensor) -> None:
+def quantize(job: Job, windows: Tensor) -> Verdict | None:
     """AffineQuant, or whichever relative the recipe describes, on every block in turn.
 
     Args:
         job: the work.
         windows: calibration tokens, int64 (samples, length).
+
+    Returns:
+        What the check of the checkpoint has seen, if it was written now.
     """
     recipe, model = job.recipe, job.pretrained
     stream, arguments = capture(model.model, model.blocks, windows, recipe.streams, job.device)
@@ -79,7 +85,7 @@ def quantize(job: Job, windows: Tensor) -> None:
             streams = Streams(full=full, quantized=live.run(streams.quantized))
         del target, full  # two streams stay between windows
         live.release()
-    export(job)
+    return export(job)
 
 
 def calibrate(
@@ -126,27 +132,33 @@ def calibrate(
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
 
 
-def export(job: Job) -> None:
-    """Writes the checkpoint from the journal's windows and the model's other tensors."""
+def export(job: Job) -> Verdict | None:
+    """Writes the checkpoint from the journal's windows and the model's other tensors, and checks it before it is named.
+
+    Returns:
+        What the check has seen; None if the checkpoint was there already.
+
+    Raises:
+        ParityError: the checkpoint does not say what the quantized model says.
+    """
     recipe, model = job.recipe, job.pretrained
-    if job.journal.checkpoint.exists():  # written at once, so whole
-        return
+    if job.journal.checkpoint.exists():  # written at once and checked, so whole
+        return None
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
-    with TemporaryDirectory() as companions:
-        compressed_tensors.write(
-            job.journal.checkpoint,
-            config,
-            gathered(_tensors(job)),
-            recipe.scheme,
-            layout=recipe.layout,
-            ignore=model.unquantized(),
-            extra_files=save_companions(model, Path(companions)),
-        )
+    form = formats.named("compressed-tensors", recipe.layout)
+    with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:
+        files = save_companions(model, Path(companions))
+        subject = Subject(config, recipe.scheme, model.storage, model.unquantized(), files)
+        shards = gathered(form.pack(shard, recipe.scheme) for shard in _tensors(job))
+        form.write(unverified, config, shards, recipe.scheme, ignore=subject.ignore, extra_files=files)
+        return parity.check(unverified, form, subject, _tensors(job))
 
 
-def _tensors(job: Job) -> Iterator[Mapping[str, Tensor]]:
-    """What lies outside the blocks, then each window's packed weights."""
+def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
+    """What lies outside the blocks, then each window's weights."""
+    recipe = job.recipe
     yield job.pretrained.outside()
-    for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
-        yield job.journal.weights(indices.start)
+    for indices in recipe.plan.windows(len(job.pretrained.blocks)):
+        packed = job.journal.weights(indices.start)
+        yield compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout)

@@ -20,7 +20,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("callbacks",),
     ("aq_lightning.cli",),
-    ("aq_lightning.pipeline", "aq_lightning.comparison", "aq_lightning.language_model", "aq_lightning.doctor"),
+    (
+        "aq_lightning.pipeline",
+        "aq_lightning.comparison",
+        "aq_lightning.conversion",
+        "aq_lightning.language_model",
+        "aq_lightning.doctor",
+    ),
     ("aq_lightning.calibration", "aq_lightning.export", "aq_lightning.deploy", "aq_lightning.evaluation"),
     ("aq_lightning.recipe",),
     (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
@@ -44,9 +46,20 @@ def open_model(
     config = load_config(source, trust_remote_code)
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
+    return model_of(config, load_dense(directory, dtype), dtype, trust_remote_code), tokenizer, scheme
+
+
+def model_of(
+    config: PreTrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """An ordinary model with the tensors of a checkpoint, dequantized.
+
+    Raises:
+        RequestError: tensors are missing or unknown.
+    """
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     run_here(model.config)
-    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
+    tensors = from_checkpoint(tensors, architecture_of(config))
     carry_stored(model, {name: tensor for name, tensor in tensors.items() if carrier(name)})
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -54,9 +67,9 @@ def open_model(
     if absent or unexpected:
         raise RequestError(
             f"A checkpoint holds exactly its model's tensors, got {sorted(absent)[:3]} missing and "
-            f"{sorted(unexpected)[:3]} unknown in {pretrained!r}: write it again."
+            f"{sorted(unexpected)[:3]} unknown: write it again."
         )
-    return model.eval().requires_grad_(False), tokenizer, scheme
+    return model.eval().requires_grad_(False)
 
 
 def _is_quantized(directory: Path) -> bool:

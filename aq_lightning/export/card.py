@@ -1,0 +1,86 @@
+"""The model card that travels with a checkpoint: what was done, what it costs, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aq_lightning.errors import RequestError
+
+CARD = "README.md"
+_LINES = {
+    "vLLM": "vllm serve {directory}",
+    "SGLang": "python -m sglang.launch_server --model-path {directory}",
+    "transformers": 'AutoModelForCausalLM.from_pretrained("{directory}")',
+    "llama.cpp": "llama-server -m {directory}/{file}",
+}
+_GGUF = 'AutoModelForCausalLM.from_pretrained("{directory}", gguf_file="{file}")'
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says."""
+
+    source: str
+    """The model that was quantized."""
+    scheme: str
+    """Its integers, as recipes name them."""
+    form: str
+    """The format's name."""
+    parity: str
+    """What the check of the directory has seen."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The run's final table, the method last; empty if it was not made."""
+    file: str = ""
+    """The file to name, in formats of one file."""
+
+
+def card(facts: Facts, directory: str) -> str:
+    """Markdown with the header that the hub reads.
+
+    Args:
+        facts: what it says.
+        directory: name of the checkpoint, for the commands.
+    """
+    method = facts.rows[-1]["model"] if facts.rows else "aq_lightning"
+    header = ["---", f"base_model: {facts.source}", "pipeline_tag: text-generation"]
+    header += ["tags:", "- quantized", f"- {facts.form}", "---"]
+    text = [
+        f"# {facts.source}, {facts.scheme}, {facts.form}",
+        f"{facts.source} quantized to `{facts.scheme}` by {method} with aq_lightning. Format: {facts.form}.",
+        *_table(facts.rows),
+        f"Checked when it was written: {facts.parity}.",
+        "## Loading",
+        "\n".join(f"- {engine}: `{line}`" for engine, line in _loading(facts, directory).items()),
+    ]
+    return "\n".join(header) + "\n\n" + "\n\n".join(text) + "\n"
+
+
+def write_card(directory: Path, facts: Facts) -> None:
+    """Puts the card into a directory, whole or not at all.
+
+    Raises:
+        RequestError: there is no such directory.
+    """
+    if not directory.is_dir():
+        raise RequestError(f"A card lies in a checkpoint, got {directory}, which does not exist: export first.")
+    partial = directory / f"{CARD}.partial"
+    partial.write_text(card(facts, directory.name), encoding="utf-8")
+    partial.replace(directory / CARD)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["| model | perplexity | bits per weight |", "|---|---:|---:|"]
+    lines += [f"| {row['model']} | {row['perplexity']:.4g} | {row['bits']:.3f} |" for row in rows]
+    return ["\n".join(lines)]
+
+
+def _loading(facts: Facts, directory: str) -> dict[str, str]:
+    """Engine → command; which engine takes which scheme is in docs/deploy.md."""
+    lines = _LINES | ({"transformers": _GGUF} if facts.file else {})
+    engines = ["transformers", "llama.cpp"] if facts.file else ["vLLM", "SGLang", "transformers"]
+    return {engine: lines[engine].format(directory=directory, file=facts.file) for engine in engines}
