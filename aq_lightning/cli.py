@@ -292,6 +292,8 @@ def _quiet() -> None:
 
 _VERBS = {"doctor": doctor, "export": export}
 """Plain functions beside LightningCLI: they fit nothing, and ask only for what they use."""
+_BY_NAME = {"export"}
+"""Verbs whose required arguments have names on the command line."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -300,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         if verb in _VERBS:
-            sys.exit(auto_cli(_VERBS[verb], args=rest, prog=f"train.py {verb}"))
+            sys.exit(auto_cli(_VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in _BY_NAME))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -105,7 +105,7 @@ def convert(
         form.write(
             unverified,
             subject.config,
-            gathered(packed, shard_bytes),
+            gathered(packed, shard_bytes) if form.sharded else packed,
             subject.scheme,
             ignore=subject.ignore,
             extra_files=subject.files,

@@ -42,7 +42,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("aq_lightning.errors",),
 )
 ARCHITECTURES = re.compile(
-    r"llama|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE
+    r"llama(?!\.cpp|-server)|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE
 )
 
 

@@ -90,6 +90,8 @@ class Format:
     """The scheme, and lazily the weights, of such a directory; weights that are no longer integers have no scheme."""
     client: Callable[[Subject], Client | str]
     """Who loads such a directory here; or why nobody does."""
+    sharded: bool = True
+    """Whether tensors go into files of a size that can be chosen; if not, into one."""
 
 
 class Checkpoint(Mapping[str, "QTensor | Tensor"]):

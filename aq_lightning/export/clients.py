@@ -19,6 +19,7 @@ from aq_lightning.errors import ParityError
 from aq_lightning.export.base import Client, Subject
 from aq_lightning.kernels.layout import Layout
 
+_FLOAT32 = 1e-5  # sums of the same products in another order
 _COMPRESSED_TENSORS = "0.17."  # later ones read asymmetric checkpoints with no transformers within the bounds
 
 
@@ -54,6 +55,16 @@ def compressed_tensors(subject: Subject, layout: Layout) -> Client | str:
         dequantized = CompressedTensorsConfig(dequantize=True)
         return Client(partial(_open, quantization_config=dequantized), rounding(subject.storage))
     return Client(_open)
+
+
+def gguf(subject: Subject, kind: str) -> Client:
+    """transformers with the package gguf, given the configuration, of which a GGUF file says only a part."""
+
+    def load(directory: Path) -> PreTrainedModel:
+        (file,) = directory.glob("*.gguf")
+        return _open(directory, gguf_file=file.name, config=subject.model_config)
+
+    return Client(load, rounding(torch.float16) if kind == "Q4_1" else _FLOAT32)
 
 
 def rounding(storage: torch.dtype) -> float:
