@@ -18,6 +18,7 @@ from transformers.utils import logging
 from aq_lightning.errors import ParityError
 from aq_lightning.export.base import Client, Subject
 from aq_lightning.kernels.layout import Layout
+from aq_lightning.models.gguf import ARCHITECTURES
 
 _FLOAT32 = 1e-5  # sums of the same products in another order
 _COMPRESSED_TENSORS = "0.17."  # later ones read asymmetric checkpoints with no transformers within the bounds
@@ -58,13 +59,18 @@ def compressed_tensors(subject: Subject, layout: Layout) -> Client | str:
 
 
 def gguf(subject: Subject, kind: str) -> Client:
-    """transformers with the package gguf, given the configuration, of which a GGUF file says only a part."""
+    """transformers with the package gguf, given the configuration, of which it reads only a part from the file.
+
+    A model type that GGUF knows under another name it loads as that one, which computes the same, from the file alone.
+    """
+    config = subject.model_config
+    given = {"config": config} if ARCHITECTURES[config.model_type].name == config.model_type else {}
 
     def load(directory: Path) -> PreTrainedModel:
         (file,) = directory.glob("*.gguf")
-        return _open(directory, gguf_file=file.name, config=subject.model_config)
+        return _open(directory, gguf_file=file.name, **given)
 
-    return Client(load, rounding(torch.float16) if kind == "Q4_1" else _FLOAT32)
+    return Client(load, 4 * rounding(torch.float16) if kind == "Q4_1" else _FLOAT32)  # m is many steps, rounded
 
 
 def rounding(storage: torch.dtype) -> float:

@@ -62,7 +62,7 @@ def add_metadata(writer: gguf.GGUFWriter, subject: Subject, file_type: int) -> N
     """Everything but the weights; the tokenizer if its files are among the subject's."""
     config = subject.model_config
     heads = lookup.heads_of(config, lookup.architecture_of(config))
-    writer.add_name(config.model_type)
+    writer.add_name(f"{config.model_type} {subject.scheme}")  # the type alone makes transformers look for one it lacks
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     window = getattr(config, "sliding_window", None)  # llama.cpp attends to everything: the same up to the window
