@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import warnings
 from dataclasses import replace
@@ -18,17 +17,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
-from aq_lightning.conversion import convert
 from aq_lightning.data import TokenWindows
-from aq_lightning.doctor import examine
 from aq_lightning.errors import ParityError, RequestError
 from aq_lightning.evaluation import Row, overhead_lines, render
-from aq_lightning.export import formats
 from aq_lightning.export.card import Facts, write_card
-from aq_lightning.kernels.layout import Layout
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
-    EMBEDDED,
     Pretrained,
     load,
     load_config,
@@ -39,6 +33,7 @@ from aq_lightning.models.loading import (
 )
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.pipeline import Job, quantize
+from aq_lightning.verbs import BY_NAME, VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -190,61 +185,6 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand]
 
 
-def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
-    """Prints what folds at each site of a model and the measured float64 error of every transform, with random
-    parameters, on its first block.
-
-    Args:
-        model: directory with safetensors or GGUF, hub id, or ``embedded``.
-        trust_remote_code: whether code from the hub may run.
-
-    Returns:
-        Exit code: 0 if every transform is exact, 1 otherwise.
-
-    Raises:
-        RequestError: the model or its architecture is not known.
-    """
-    pretrained = load(model, trust_remote_code)
-    print(f"{pretrained.model.config.model_type}: {len(pretrained.blocks)} blocks, {pretrained.heads}")
-    findings = []
-    for finding in examine(pretrained):
-        print(finding, flush=True)
-        findings.append(finding)
-    wrong = [finding for finding in findings if not finding.exact and not finding.refusal]
-    print(f"{len(wrong)} of {len(findings)} are NOT EXACT" if wrong else "everything that folds is exact")
-    return 1 if wrong else 0
-
-
-def export(
-    run: Path,
-    format: formats.Name,
-    out: Path | None = None,
-    layout: Layout | None = None,
-    shard_gib: float = 4.0,
-) -> int:
-    """Writes the model of a finished run in another format, and checks it before it takes its name.
-
-    Args:
-        run: directory of a finished `fit`.
-        format: of the result; docs/deploy.md says which engine loads which.
-        out: directory to make; RUN/<format> unless told.
-        layout: how words are filled, for compressed-tensors with 3, 5, 6 or 7 bits.
-        shard_gib: greatest size of a file of tensors.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        RequestError: there is no checkpoint, or the format cannot hold it.
-        ParityError: the result does not say what the checkpoint says.
-    """
-    if not 0 < shard_gib < math.inf:
-        raise RequestError(f"A file of tensors has a positive size, got {shard_gib}: set --shard_gib to 4.")
-    directory, verdict = convert(run, format, out, layout, int(shard_gib * 2**30))
-    print(f"{format}: {directory}\nchecked: {verdict}")
-    return 0
-
-
 def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     """Everything that can be refused before weights are read and files are written; adapts the recipe if asked, and
     prints what it costs at run time."""
@@ -290,19 +230,13 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-_VERBS = {"doctor": doctor, "export": export}
-"""Plain functions beside LightningCLI: they fit nothing, and ask only for what they use."""
-_BY_NAME = {"export"}
-"""Verbs whose required arguments have names on the command line."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
     _quiet()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
-        if verb in _VERBS:
-            sys.exit(auto_cli(_VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in _BY_NAME))
+        if verb in VERBS:
+            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in BY_NAME))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ from aq_lightning.errors import RequestError
 from aq_lightning.export.base import Subject, Weights, check_no_experts, check_weights_only
 from aq_lightning.export.directory import atomic
 from aq_lightning.export.gguf_metadata import add_metadata, architecture_of, check_metadata, gguf_name, hf_name, rotary
+from aq_lightning.models.gguf import FILE_TYPES
 from aq_lightning.models.gguf_tokenizer import tokenizer_metadata
 from aq_lightning.qtensor import QTensor
 from aq_lightning.scheme import Grid, Scheme
@@ -135,7 +136,7 @@ def write(
     with atomic(out) as partial, TemporaryFile(dir=partial) as data:
         writer = gguf.GGUFWriter(None, architecture_of(subject).name, use_temp_file=True)
         writer.temp_file = data  # beside the result, where there is room for it
-        add_metadata(writer, subject, gguf.LlamaFileType[f"MOSTLY_{kind}"])
+        add_metadata(writer, subject, FILE_TYPES[kind])
         for name, tensor in (item for shard in shards for item in shard.items()):
             _add(writer, gguf_name(name), rotary(tensor, name, subject), kind)
         writer.write_header_to_file(partial / f"model-{kind}.gguf")

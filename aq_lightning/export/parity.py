@@ -28,6 +28,7 @@ from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.scheme import Grid
+from aq_lightning.transforms.online import carrier
 
 _MEMORY = 2 * 2**30  # bytes of the blocks that answer the prompt, in float32
 _PROMPT = 16  # tokens
@@ -77,7 +78,8 @@ def check(directory: Path, form: Format, subject: Subject, shards: Iterable[Weig
             f"A checkpoint must hold the quantized model's weights bit for bit, got {len(differences)} of "
             f"{len(compared)} that differ in {directory}: {'; '.join(differences[:3])}."
         )
-    client = form.client(subject)
+    online = any(carrier(name) for name in compared)
+    client = "its online products run in aq_lightning only" if online else form.client(subject)
     if isinstance(client, str):
         return Verdict(len(compared), f"not loaded by a client ({client})")
     reference = logits(model_of(cut.subject.model_config, kept, torch.float32), subject.scheme.activation)

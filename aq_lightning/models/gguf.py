@@ -52,3 +52,6 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
     }
 )
 """Model type → its architecture; those that are tested."""
+
+FILE_TYPES: Mapping[str, int] = MappingProxyType({"Q4_0": 2, "Q4_1": 3, "Q8_0": 7})
+"""Kind of most blocks → ``general.file_type``."""

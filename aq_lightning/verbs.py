@@ -1,0 +1,74 @@
+"""Plain verbs beside LightningCLI: they fit nothing, and ask only for what they use."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from aq_lightning.conversion import convert
+from aq_lightning.doctor import examine
+from aq_lightning.errors import RequestError
+from aq_lightning.export import formats
+from aq_lightning.kernels.layout import Layout
+from aq_lightning.models.loading import EMBEDDED, load
+
+
+def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
+    """Prints what folds at each site of a model and the measured float64 error of every transform, with random
+    parameters, on its first block.
+
+    Args:
+        model: directory with safetensors or GGUF, hub id, or ``embedded``.
+        trust_remote_code: whether code from the hub may run.
+
+    Returns:
+        Exit code: 0 if every transform is exact, 1 otherwise.
+
+    Raises:
+        RequestError: the model or its architecture is not known.
+    """
+    pretrained = load(model, trust_remote_code)
+    print(f"{pretrained.model.config.model_type}: {len(pretrained.blocks)} blocks, {pretrained.heads}")
+    findings = []
+    for finding in examine(pretrained):
+        print(finding, flush=True)
+        findings.append(finding)
+    wrong = [finding for finding in findings if not finding.exact and not finding.refusal]
+    print(f"{len(wrong)} of {len(findings)} are NOT EXACT" if wrong else "everything that folds is exact")
+    return 1 if wrong else 0
+
+
+def export(
+    run: Path,
+    format: formats.Name,
+    out: Path | None = None,
+    layout: Layout | None = None,
+    shard_gib: float = 4.0,
+) -> int:
+    """Writes the model of a finished run in another format, and checks it before it takes its name.
+
+    Args:
+        run: directory of a finished `fit`.
+        format: of the result; docs/deploy.md says which engine loads which.
+        out: directory to make; RUN/<format> unless told.
+        layout: how words are filled, for compressed-tensors with 3, 5, 6 or 7 bits.
+        shard_gib: greatest size of a file of tensors.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        RequestError: there is no checkpoint, or the format cannot hold it.
+        ParityError: the result does not say what the checkpoint says.
+    """
+    if not 0 < shard_gib < math.inf:
+        raise RequestError(f"A file of tensors has a positive size, got {shard_gib}: set --shard_gib to 4.")
+    directory, verdict = convert(run, format, out, layout, int(shard_gib * 2**30))
+    print(f"{format}: {directory}\nchecked: {verdict}")
+    return 0
+
+
+VERBS = {"doctor": doctor, "export": export}
+"""Name on the command line → function, whose signature is its options."""
+BY_NAME = {"export"}
+"""Verbs whose required arguments have names on the command line."""
