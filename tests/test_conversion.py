@@ -49,7 +49,12 @@ def test_every_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, 
     assert {"config.json", "tokenizer.json", "generation_config.json", "README.md"} <= files
     assert len([file for file in files if file.endswith(".safetensors")]) > 1
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| affinequant |" in card and "`w4a16g32sym`" in card and f"Format: {name}" in card
+    assert (
+        "| affinequant |" in card
+        and "`w4a16g32sym`" in card
+        and ("vllm serve out" in card) == (name != "gptq_v2")
+        and f"Format: {name}" in card
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["attention_bias"]
 
 

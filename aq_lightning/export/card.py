@@ -10,13 +10,21 @@ from typing import Any
 from aq_lightning.errors import RequestError
 
 CARD = "README.md"
-_LINES = {
-    "vLLM": "vllm serve {directory}",
-    "SGLang": "python -m sglang.launch_server --model-path {directory}",
-    "transformers": 'AutoModelForCausalLM.from_pretrained("{directory}")',
-    "llama.cpp": "llama-server -m {directory}/{file}",
+_VLLM, _SGLANG = "vllm serve {directory}", "python -m sglang.launch_server --model-path {directory}"
+_TRANSFORMERS = 'AutoModelForCausalLM.from_pretrained("{directory}")'
+_ENGINES = {
+    "compressed-tensors": {"vLLM": _VLLM, "SGLang": _SGLANG, "transformers": _TRANSFORMERS},
+    "gptq": {"vLLM": _VLLM, "SGLang": _SGLANG, "transformers": _TRANSFORMERS},
+    "gptq_v2": {"transformers": _TRANSFORMERS},
+    "awq": {"vLLM": _VLLM, "SGLang": _SGLANG, "transformers": _TRANSFORMERS},
+    "dense": {"vLLM": _VLLM, "SGLang": _SGLANG, "transformers": _TRANSFORMERS},
+    "gguf": {
+        "llama.cpp": "llama-server -m {directory}/{file}",
+        "transformers": 'AutoModelForCausalLM.from_pretrained("{directory}", gguf_file="{file}")',
+    },
+    "aq_lightning": {"aq_lightning": "python train.py test --model.pretrained {directory}"},
 }
-_GGUF = 'AutoModelForCausalLM.from_pretrained("{directory}", gguf_file="{file}")'
+"""Format, or method of checkpoints that only this package runs → engine → how to load it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Facts:
     scheme: str
     """Its integers, as recipes name them."""
     form: str
-    """The format's name."""
+    """The format's name; the method's, if only this package runs it."""
     parity: str
     """What the check of the directory has seen."""
     rows: Sequence[Mapping[str, Any]] = ()
@@ -81,6 +89,5 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _loading(facts: Facts, directory: str) -> dict[str, str]:
     """Engine → command; which engine takes which scheme is in docs/deploy.md."""
-    lines = _LINES | ({"transformers": _GGUF} if facts.file else {})
-    engines = ["transformers", "llama.cpp"] if facts.file else ["vLLM", "SGLang", "transformers"]
-    return {engine: lines[engine].format(directory=directory, file=facts.file) for engine in engines}
+    engines = _ENGINES["gguf" if facts.file else facts.form]
+    return {engine: line.format(directory=directory, file=facts.file) for engine, line in engines.items()}

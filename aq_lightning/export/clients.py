@@ -37,7 +37,7 @@ def none(subject: Subject) -> str:
 def compressed_tensors(subject: Subject, layout: Layout) -> Client | str:
     """transformers with compressed-tensors, whose logits are ours to the last bit.
 
-    Where an architecture's linears have a class of their own, it dequantizes into the storage dtype instead.
+    Experts, and linears that have a class of their own, it dequantizes into the storage dtype instead.
     """
     try:
         version = importlib.metadata.version("compressed-tensors")
@@ -47,8 +47,10 @@ def compressed_tensors(subject: Subject, layout: Layout) -> Client | str:
         return f"compressed-tensors {version} is installed, {_COMPRESSED_TENSORS}x is needed"
     if layout != "padded" and subject.scheme.weight.bits in (3, 5, 6, 7):
         return f"compressed-tensors {version} does not read the {layout} layout of {subject.scheme}"
-    if subject.experts and not subject.scheme.weight.symmetric:
-        return "transformers reads experts of symmetric schemes only"
+    if subject.experts:
+        if subject.scheme.activation is not None or not subject.scheme.weight.symmetric:
+            return f"transformers reads experts of symmetric schemes of weights only, not of {subject.scheme}"
+        return Client(_open, rounding(subject.storage))
     own = {type(linear).__name__ for linear in subject.linears().values() if type(linear) is not nn.Linear}
     if own and subject.scheme.activation is not None:
         return f"transformers quantizes no input of {own.pop()}"
