@@ -76,15 +76,15 @@ def _tokens(content: Mapping[str, Any], size: int) -> tuple[list[str], list[int]
     """Every token of the model's vocabulary, and its kind."""
     vocabulary = content["model"]["vocab"]
     tokens, kinds = [f"[PAD{index}]" for index in range(size)], [_UNUSED] * size
-    for token, index in vocabulary.items():
+    given = {added["content"]: added["id"] for added in content["added_tokens"]}
+    for token, index in (vocabulary | given).items():
+        if index >= size:
+            raise RequestError(f"A token has a row in the embedding of {size}, got {token} at {index}: resize the "
+                               "model's embedding.")  # fmt: skip
         is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
         tokens[index], kinds[index] = token, _BYTE if is_byte else _NORMAL
     for added in content["added_tokens"]:
-        index = added["id"]
-        if index >= size:
-            raise RequestError(f"A token has a row in the embedding of {size}, got {added['content']} at {index}: "
-                               "resize the model's embedding.")  # fmt: skip
-        tokens[index], kinds[index] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
+        kinds[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     unknown = vocabulary.get(content["model"].get("unk_token"))
     if unknown is not None:
         kinds[unknown] = _UNKNOWN
