@@ -22,6 +22,7 @@ from aq_lightning.errors import ParityError, RequestError
 from aq_lightning.evaluation import Row, overhead_lines, render
 from aq_lightning.export.card import Facts, write_card
 from aq_lightning.export.directory import read_config
+from aq_lightning.export.parity import Verdict
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
     Pretrained,
@@ -157,10 +158,11 @@ class CommandLine(LightningCLI):
             self.trainer.strategy.root_device,
             datamodule.seed,
         )
-        verdict = str(quantize(job, datamodule.calibration()) or "in an earlier session")
+        quantize(job, datamodule.calibration())
         method = Path(str(self._section.config[-1])).stem
         rows.append(comparison.checkpoint(str(run.checkpoint), method))
         table = [row.as_dict() for row in rows]
+        verdict = str(Verdict.recorded(run.checkpoint))
         form = read_config(run.checkpoint)["quantization_config"]["quant_method"]
         write_card(run.checkpoint, Facts(model.pretrained, str(model.recipe.scheme), form, verdict, table))
         return {"rows": table, "blocks": run.all_metrics(), "parity": verdict}

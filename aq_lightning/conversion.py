@@ -15,7 +15,7 @@ from aq_lightning.export import compressed_tensors, formats, parity
 from aq_lightning.export.base import Subject, Weights
 from aq_lightning.export.card import CARD, Facts, write_card
 from aq_lightning.export.directory import CONFIG, INDEX, gathered, read_config, verified
-from aq_lightning.export.parity import Verdict
+from aq_lightning.export.parity import RECORD, Verdict
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.scheme import Scheme
@@ -66,7 +66,7 @@ class Run:
         return read_config(self.checkpoint).get("quantization_config") or {}
 
     def _companions(self) -> list[Path]:
-        written = (CONFIG, INDEX, CARD)
+        written = (CONFIG, INDEX, CARD, RECORD)
         return sorted(
             path
             for path in self.checkpoint.iterdir()
@@ -111,6 +111,7 @@ def convert(
             extra_files=subject.files,
         )
         verdict = parity.check(unverified, form, subject, _blocks(subject, weights))
+        verdict.record(unverified)
         file = next((path.name for path in unverified.glob("*.gguf")), "")
         write_card(unverified, source.facts(subject.scheme, name, verdict, file))
     return out, verdict

@@ -32,7 +32,6 @@ from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors, formats, parity
 from aq_lightning.export.base import Subject
 from aq_lightning.export.directory import gathered, verified
-from aq_lightning.export.parity import Verdict
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
@@ -57,15 +56,12 @@ class Job:
     """Of the order in which samples are visited."""
 
 
-def quantize(job: Job, windows: Tensor) -> Verdict | None:
+def quantize(job: Job, windows: Tensor) -> None:
     """AffineQuant, or whichever relative the recipe describes, on every block in turn.
 
     Args:
         job: the work.
         windows: calibration tokens, int64 (samples, length).
-
-    Returns:
-        What the check of the checkpoint has seen, if it was written now.
     """
     recipe, model = job.recipe, job.pretrained
     stream, arguments = capture(model.model, model.blocks, windows, recipe.streams, job.device)
@@ -85,7 +81,7 @@ def quantize(job: Job, windows: Tensor) -> Verdict | None:
             streams = Streams(full=full, quantized=live.run(streams.quantized))
         del target, full  # two streams stay between windows
         live.release()
-    return export(job)
+    export(job)
 
 
 def calibrate(
@@ -132,18 +128,15 @@ def calibrate(
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
 
 
-def export(job: Job) -> Verdict | None:
+def export(job: Job) -> None:
     """Writes the checkpoint from the journal's windows and the model's other tensors, and checks it before it is named.
-
-    Returns:
-        What the check has seen; None if the checkpoint was there already.
 
     Raises:
         ParityError: the checkpoint does not say what the quantized model says.
     """
     recipe, model = job.recipe, job.pretrained
     if job.journal.checkpoint.exists():  # written at once and checked, so whole
-        return None
+        return
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
     form = formats.named("compressed-tensors", recipe.layout)
@@ -152,7 +145,7 @@ def export(job: Job) -> Verdict | None:
         subject = Subject(config, recipe.scheme, model.storage, model.unquantized(), files)
         shards = gathered(form.pack(shard, recipe.scheme) for shard in _tensors(job))
         form.write(unverified, config, shards, recipe.scheme, ignore=subject.ignore, extra_files=files)
-        return parity.check(unverified, form, subject, _tensors(job))
+        parity.check(unverified, form, subject, _tensors(job)).record(unverified)
 
 
 def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:

@@ -11,8 +11,9 @@ what was read back.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +31,7 @@ from aq_lightning.quantizers import quantized_activations
 from aq_lightning.scheme import Grid
 from aq_lightning.transforms.online import carrier
 
+RECORD = "parity.json"
 _MEMORY = 2 * 2**30  # bytes of the blocks that answer the prompt, in float32
 _PROMPT = 16  # tokens
 
@@ -45,6 +47,15 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.weights} tensors read back bit for bit; {self.client}"
+
+    def record(self, directory: Path) -> None:
+        """Leaves itself in the directory; the inverse of :meth:`recorded`."""
+        (directory / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def recorded(cls, directory: Path) -> Verdict:
+        """What was seen when the directory was written."""
+        return cls(**json.loads((directory / RECORD).read_text(encoding="utf-8")))
 
 
 def check(directory: Path, form: Format, subject: Subject, shards: Iterable[Weights]) -> Verdict:
