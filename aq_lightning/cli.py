@@ -164,7 +164,8 @@ class CommandLine(LightningCLI):
         table = [row.as_dict() for row in rows]
         verdict = str(Verdict.recorded(run.checkpoint))
         form = read_config(run.checkpoint)["quantization_config"]["quant_method"]
-        write_card(run.checkpoint, Facts(model.pretrained, str(model.recipe.scheme), form, verdict, table))
+        facts = Facts(model.pretrained, str(model.recipe.scheme), form, verdict, table)
+        write_card(run.checkpoint, facts, run.checkpoint.name)
         return {"rows": table, "blocks": run.all_metrics(), "parity": verdict}
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:

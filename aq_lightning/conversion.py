@@ -113,7 +113,7 @@ def convert(
         verdict = parity.check(unverified, form, subject, _blocks(subject, weights))
         verdict.record(unverified)
         file = next((path.name for path in unverified.glob("*.gguf")), "")
-        write_card(unverified, source.facts(subject.scheme, name, verdict, file))
+        write_card(unverified, source.facts(subject.scheme, name, verdict, file), out.name)
     return out, verdict
 
 

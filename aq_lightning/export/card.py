@@ -32,7 +32,7 @@ class Facts:
     """What a card says."""
 
     source: str
-    """The model that was quantized."""
+    """The model that was quantized: a hub id, or a path, of which only the last part is said."""
     scheme: str
     """Its integers, as recipes name them."""
     form: str
@@ -53,11 +53,13 @@ def card(facts: Facts, directory: str) -> str:
         directory: name of the checkpoint, for the commands.
     """
     method = facts.rows[-1]["model"] if facts.rows else "aq_lightning"
-    header = ["---", f"base_model: {facts.source}", "pipeline_tag: text-generation"]
+    local = Path(facts.source).expanduser().exists()
+    source = Path(facts.source).name if local else facts.source
+    header = ["---", *([] if local else [f"base_model: {source}"]), "pipeline_tag: text-generation"]
     header += ["tags:", "- quantized", f"- {facts.form}", "---"]
     text = [
-        f"# {facts.source}, {facts.scheme}, {facts.form}",
-        f"{facts.source} quantized to `{facts.scheme}` by {method} with aq_lightning. Format: {facts.form}.",
+        f"# {source}, {facts.scheme}, {facts.form}",
+        f"{source} quantized to `{facts.scheme}` by {method} with aq_lightning. Format: {facts.form}.",
         *_table(facts.rows),
         f"Checked when it was written: {facts.parity}.",
         "## Loading",
@@ -66,8 +68,13 @@ def card(facts: Facts, directory: str) -> str:
     return "\n".join(header) + "\n\n" + "\n\n".join(text) + "\n"
 
 
-def write_card(directory: Path, facts: Facts) -> None:
+def write_card(directory: Path, facts: Facts, name: str) -> None:
     """Puts the card into a directory, whole or not at all.
+
+    Args:
+        directory: of the checkpoint.
+        facts: what it says.
+        name: of the directory when it is done, for the commands.
 
     Raises:
         RequestError: there is no such directory.
@@ -75,7 +82,7 @@ def write_card(directory: Path, facts: Facts) -> None:
     if not directory.is_dir():
         raise RequestError(f"A card lies in a checkpoint, got {directory}, which does not exist: export first.")
     partial = directory / f"{CARD}.partial"
-    partial.write_text(card(facts, directory.name), encoding="utf-8")
+    partial.write_text(card(facts, name), encoding="utf-8")
     partial.replace(directory / CARD)
 
 
