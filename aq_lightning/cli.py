@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import sys
-import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,18 +13,20 @@ from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
+from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
-from aq_lightning.errors import ParityError, RequestError
+from aq_lightning.disk import DiskUse, check_space, disk_use
+from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import Row, overhead_lines, render
-from aq_lightning.export.card import Facts, write_card
-from aq_lightning.export.directory import read_config
-from aq_lightning.export.parity import Verdict
+from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
     Pretrained,
+    Source,
     load,
     load_config,
     load_tokenizer,
@@ -34,7 +35,9 @@ from aq_lightning.models.loading import (
     storage_of,
 )
 from aq_lightning.models.lookup import architecture_of, heads_of
-from aq_lightning.pipeline import Job, quantize
+from aq_lightning.nulls import refuse_nulls
+from aq_lightning.pipeline import Guards, Job, quantize
+from aq_lightning.quiet import quiet
 from aq_lightning.verbs import BY_NAME, VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -65,7 +68,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={**_PARSER, "fit": _PARSER, "test": _PARSER},
+            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": _PARSER},
         )
 
     @staticmethod
@@ -77,16 +80,33 @@ class CommandLine(LightningCLI):
             "test": {*internal, "dataloaders", "verbose"},
         }
 
+    def init_parser(self, guards: bool = False, **options: object) -> LightningArgumentParser:
+        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too."""
+        parser = super().init_parser(**options)
+        if guards:
+            parser.add_class_arguments(Guards, as_group=False)
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str | None, default=None, help="directory for everything that is written")
         parser.link_arguments("model.pretrained", "data.pretrained")
+
+    def instantiate_classes(self) -> None:
+        refuse_nulls(QuantizedLanguageModel, vars(self._section.model), "model.")
+        refuse_nulls(TokenWindows, vars(self._section.data), "data.")
+        if self.subcommand == "fit":
+            refuse_nulls(Guards, vars(self._section), "")
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **changes: object) -> Trainer:
         """A fresh Trainer from the configuration, ``changes`` winning; bfloat16 autocast on a GPU unless told."""
         if self._section.trainer.precision is None:
             gpu = torch.cuda.is_available() and self._section.trainer.accelerator != "cpu"
             changes.setdefault("precision", "bf16-mixed" if gpu else "32-true")
-        trainer = super().instantiate_trainer(**{"logger": False, **changes})
+        try:
+            trainer = super().instantiate_trainer(**{"logger": False, **changes})
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise RequestError(f"The options of trainer: are Lightning's, got one it refuses: {error}") from error
         if trainer.world_size > 1:
             raise RequestError(f"Calibration runs on 1 device, got {trainer.world_size}: set --trainer.devices 1.")
         if trainer.strategy.root_device.type not in ("cpu", "cuda"):
@@ -116,13 +136,12 @@ class CommandLine(LightningCLI):
                 "Gradients of a fused optimizer cannot be clipped under mixed precision: "
                 "add --model.optimizer.init_args.fused false."
             )
-        run = RunDirectory.check(Path(self._section.out), configuration)
-        if run.results is None:
-            _check(model, datamodule)
-            pretrained = load(model.pretrained, model.trust_remote_code)
-            run.create(configuration)
-            results = self._calibrate(pretrained, model, datamodule, run)
-            run.finish(results)
+        guards = Guards(self._section.resume, self._section.save_every, self._section.keep_streams)
+        run = RunDirectory.check(Path(self._section.out), configuration, guards.resume)
+        if run.results is not None:
+            print(f"{run.path} is finished: nothing is left to do.")
+        else:
+            self._calibrate(model, datamodule, run, guards)
         print(render([Row(**row) for row in run.results["rows"]]))
         blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
         if blocks:
@@ -145,11 +164,44 @@ class CommandLine(LightningCLI):
         print(render([row]))
 
     def _calibrate(
-        self, pretrained: Pretrained, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory
+        self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards
+    ) -> None:
+        """From the checks to the table."""
+        source, revision, use = _check(model, datamodule, guards)
+        windows = {"calibration": datamodule.calibration(), "evaluation": datamodule.evaluation()}
+        identity = fingerprint(source, revision, windows, self.trainer.strategy.root_device.type)
+        run.check_fingerprint(identity)
+        free = check_space(use, run.path)
+        pretrained = load(model.pretrained, model.trust_remote_code)
+        try:
+            with run.lock(), guards.stopping.listening():
+                print(f"{use}; {free / 1e9:.1f} GB are free", flush=True)
+                run.create(self._configuration(), identity)
+                for damaged in run.repair():
+                    print(f"damaged, and made again: {damaged}", flush=True)
+                run.finish(self._results(pretrained, model, datamodule, run, guards))
+        except (OSError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise Interrupted(
+                f"stopped by a fault ({type(error).__name__}: {reason}); what is finished is safe in {run.path}: make "
+                "room or mend what failed, and the same command goes on."
+            ) from error
+
+    def _results(
+        self,
+        pretrained: Pretrained,
+        model: QuantizedLanguageModel,
+        datamodule: TokenWindows,
+        run: RunDirectory,
+        guards: Guards,
     ) -> dict[str, object]:
         loggers = self._loggers(run.path)
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
-        rows = comparison.baselines(pretrained, model.recipe.scheme)
+
+        def baselines() -> dict[str, object]:
+            return {"rows": [row.as_dict() for row in comparison.baselines(pretrained, model.recipe.scheme)]}
+
+        rows = run.remembered("baselines", baselines)["rows"]
         job = Job(
             pretrained,
             model.recipe,
@@ -157,16 +209,14 @@ class CommandLine(LightningCLI):
             lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),
             self.trainer.strategy.root_device,
             datamodule.seed,
+            guards,
         )
         quantize(job, datamodule.calibration())
         method = Path(str(self._section.config[-1])).stem
-        rows.append(comparison.checkpoint(str(run.checkpoint), method))
-        table = [row.as_dict() for row in rows]
-        verdict = str(Verdict.recorded(run.checkpoint))
-        form = read_config(run.checkpoint)["quantization_config"]["quant_method"]
-        facts = Facts(model.pretrained, str(model.recipe.scheme), form, verdict, table)
-        write_card(run.checkpoint, facts, run.checkpoint.name)
-        return {"rows": table, "blocks": run.all_metrics(), "parity": verdict}
+        rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
+        verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
+        run.seal_checkpoint()  # again, with its card
+        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict}
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -179,7 +229,8 @@ class CommandLine(LightningCLI):
     def _configuration(self) -> str:
         """The resolved configuration, as YAML that replays the run."""
         section = self._section.clone()
-        del section["config"], section["out"]
+        for each in ("config", "out", *(field.name for field in fields(Guards) if field.init)):
+            del section[each]
         return self._parser(self.subcommand).dump(section, skip_none=False, skip_validation=True)
 
     @property
@@ -188,9 +239,15 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand]
 
 
-def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+def _check(
+    model: QuantizedLanguageModel, datamodule: TokenWindows, guards: Guards
+) -> tuple[Source, str | None, DiskUse]:
     """Everything that can be refused before weights are read and files are written; adapts the recipe if asked, and
-    prints what it costs at run time."""
+    prints what it costs at run time.
+
+    Returns:
+        The model's place, its revision on the hub, and the disk that the run takes.
+    """
     source = locate(model.pretrained)
     config = load_config(source, model.trust_remote_code)
     if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
@@ -199,8 +256,9 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
             "name the original."
         )
     architecture = architecture_of(config)
-    blocks = skeleton(config).get_submodule(architecture.blocks)
-    block, recipe = blocks[0], model.recipe
+    shell, recipe = skeleton(config), model.recipe
+    blocks = shell.get_submodule(architecture.blocks)
+    block = blocks[0]
     heads = heads_of(config, architecture)
     if model.adapt:
         folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
@@ -213,29 +271,18 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     if architecture.experts and not scheme.weight.symmetric:
         print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-    datamodule.calibration()
+    tokens = datamodule.calibration().numel()
     datamodule.evaluation()
     for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
         print(line)
-
-
-def _quiet() -> None:
-    """Silences what Lightning says once per Trainer, of which there is one per block."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*GPU available but not used.*",
-        ".*Checkpoint directory .* exists.*",
-        ".*LeafSpec.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen blocks belong in eval mode
-    ):
-        warnings.filterwarnings("ignore", message)
+    stream = tokens * config.get_text_config().hidden_size if guards.keep_streams else 0
+    return source, getattr(config, "_commit_hash", None), disk_use(shell, attached, len(blocks), recipe, stream)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; a request that cannot be granted ends in one sentence and exit code 2."""
-    _quiet()
+    """Entry point; a request that cannot be granted ends in one sentence and exit code 2, an interrupted run in one and
+    75 (``EX_TEMPFAIL``): the same command goes on."""
+    quiet()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         if verb in VERBS:
@@ -247,3 +294,6 @@ def main(arguments: list[str] | None = None) -> None:
     except ParityError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -115,6 +116,24 @@ def convert(
         file = next((path.name for path in unverified.glob("*.gguf")), "")
         write_card(unverified, source.facts(subject.scheme, name, verdict, file), out.name)
     return out, verdict
+
+
+def describe(checkpoint: Path, source: str, scheme: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Puts the card into a run's own checkpoint, once it is scored.
+
+    Args:
+        checkpoint: directory, checked.
+        source: the model that was quantized.
+        scheme: its integers.
+        rows: the final table.
+
+    Returns:
+        What the check has seen.
+    """
+    verdict = str(Verdict.recorded(checkpoint))
+    form = read_config(checkpoint)["quantization_config"]["quant_method"]
+    write_card(checkpoint, Facts(source, scheme, form, verdict, rows), checkpoint.name)
+    return verdict
 
 
 def _blocks(subject: Subject, weights: Weights) -> Iterator[Weights]:

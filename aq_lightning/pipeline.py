@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,20 +14,24 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from aq_lightning.calibration import (
+    Inside,
     LiveWindow,
+    Pairs,
     Position,
     Ranges,
+    Resume,
     RunDirectory,
+    Stopping,
     Streams,
     capture,
     fit,
     observed,
-    pairs,
     peak_memory,
     reset_peak_memory,
     save_trained,
     switches,
 )
+from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors, formats, parity
 from aq_lightning.export.base import Subject
@@ -36,6 +40,25 @@ from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Guards:
+    """How a run is kept from being lost; none of it changes a bit of the result."""
+
+    resume: Resume = "auto"
+    """Whether a run that is in the directory goes on, is demanded (``must``) or refused (``never``)."""
+    save_every: int = 200
+    """Optimizer steps between checkpoints inside a block; 0: only when the process is told to stop."""
+    keep_streams: bool = True
+    """Whether the activations that enter the block at work are kept on disk, or computed anew when a run goes on."""
+
+    stopping: Stopping = field(default_factory=Stopping, init=False)
+    """What SIGTERM and SIGINT come to."""
+
+    def __post_init__(self) -> None:
+        if self.save_every < 0:
+            raise RequestError(f"Steps between checkpoints are 0 or more, got --save_every {self.save_every}: try 200.")
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,8 @@ class Job:
     """Where blocks are worked on."""
     seed: int
     """Of the order in which samples are visited."""
+    guards: Guards = field(default_factory=Guards)
+    """Against losing work."""
 
 
 def quantize(job: Job, windows: Tensor) -> None:
@@ -64,24 +89,63 @@ def quantize(job: Job, windows: Tensor) -> None:
         windows: calibration tokens, int64 (samples, length).
     """
     recipe, model = job.recipe, job.pretrained
+    plan = list(recipe.plan.windows(len(model.blocks)))
+    check_windows(windows, model.model.get_input_embeddings().num_embeddings)
+    if all(job.journal.finished(indices.start) for indices in plan):
+        return export(job)
     stream, arguments = capture(model.model, model.blocks, windows, recipe.streams, job.device)
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
-    plan = list(recipe.plan.windows(len(model.blocks)))
+    first, streams = _where_to_go_on(job, [indices.start for indices in plan], streams)
     for number, indices in enumerate(plan):
+        if indices.start < first:
+            continue
         position = Position(indices.start, number, len(plan))
         live = LiveWindow(model, indices, arguments, recipe, job.device)
         with observed(live.blocks, model.architecture.sites) as activations:
             full = live.run(streams.full)  # what the full-precision model answers
-        target = recipe.objective.target(full, live.run(streams.quantized) if recipe.objective.same_input else None)
-        with quantized_activations(live.blocks, recipe.scheme.activation):
-            if not job.journal.finished(indices.start):
+        if not job.journal.finished(indices.start):
+            same_input = live.run(streams.quantized) if recipe.objective.same_input else None
+            target = recipe.objective.target(full, same_input)
+            with quantized_activations(live.blocks, recipe.scheme.activation):
                 calibrate(job, live, position, activations, streams.quantized, target)
+            del target, same_input  # two streams stay between windows
+        with quantized_activations(live.blocks, recipe.scheme.activation):
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
             streams = Streams(full=full, quantized=live.run(streams.quantized))
-        del target, full  # two streams stay between windows
         live.release()
+        if job.guards.keep_streams and indices is not plan[-1]:
+            job.journal.keep(indices.stop, streams)
     export(job)
+
+
+def check_windows(windows: Tensor, vocabulary: int) -> None:
+    """
+    Raises:
+        RequestError: these are no windows of tokens of a model with so many.
+    """
+    if windows.dtype != torch.int64 or windows.ndim != 2 or windows.numel() == 0:
+        raise RequestError(
+            "Calibration windows are int64 of shape (samples, length), got "
+            f"{windows.dtype} of shape {tuple(windows.shape)}: tokenize the text again."
+        )
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise RequestError(
+            f"Tokens lie in [0, {vocabulary}), the model's vocabulary, got {least} to {most}: use its own tokenizer."
+        )
+
+
+def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:
+    """The first block whose window needs work, and the streams that enter it; block 0 if they are not kept."""
+    kept = job.journal.kept(starts)
+    if kept is None:
+        return starts[0], entering
+    start, streams = kept
+    for index in range(start):
+        job.pretrained.blocks[index].to("meta")  # frees what is not needed again
+    store = job.recipe.streams.store
+    return start, Streams(store(streams.full, job.device), store(streams.quantized, job.device))
 
 
 def calibrate(
@@ -100,13 +164,14 @@ def calibrate(
     began = time.monotonic()
     reset_peak_memory(job.device)
     scratch = job.journal.scratch(position.index)
+    inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
     result = fit(
         live,
         position,
         activations,
         (inputs, target),
-        trainer=lambda: job.trainer(scratch),
-        loader=lambda: pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
+        trainer=inside.attempts(position.index, lambda: job.trainer(scratch)),
+        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
     )
     if result.outcome != "trained":
         save_trained(result.module, scratch)
@@ -135,7 +200,7 @@ def export(job: Job) -> None:
         ParityError: the checkpoint does not say what the quantized model says.
     """
     recipe, model = job.recipe, job.pretrained
-    if job.journal.checkpoint.exists():  # written at once and checked, so whole
+    if job.journal.exported():
         return
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
@@ -146,6 +211,7 @@ def export(job: Job) -> None:
         shards = gathered(form.pack(shard, recipe.scheme) for shard in _tensors(job))
         form.write(unverified, config, shards, recipe.scheme, ignore=subject.ignore, extra_files=files)
         parity.check(unverified, form, subject, _tensors(job)).record(unverified)
+    job.journal.seal_checkpoint()
 
 
 def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:

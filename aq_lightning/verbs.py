@@ -1,4 +1,4 @@
-"""Plain verbs beside LightningCLI: they fit nothing, and ask only for what they use."""
+"""Plain verbs of the command line: they fit nothing, and ask only for what they use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from aq_lightning.errors import RequestError
 from aq_lightning.export import formats
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.loading import EMBEDDED, load
+from aq_lightning.status import status_of
 
 
 def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
@@ -68,7 +69,23 @@ def export(
     return 0
 
 
-VERBS = {"doctor": doctor, "export": export}
-"""Name on the command line → function, whose signature is its options."""
+def status(run: str) -> int:
+    """Prints where a run stands: what is done, what is at work, and how much time is left.
+
+    Args:
+        run: the run's directory.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        RequestError: no run is there.
+    """
+    print(status_of(Path(run)))
+    return 0
+
+
+VERBS = {"doctor": doctor, "export": export, "status": status}
+"""Name on the command line → function; its answer is the exit code."""
 BY_NAME = {"export"}
 """Verbs whose required arguments have names on the command line."""

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aq_lightning.calibration import LiveWindow, Position, capture, fit, observed, pairs
+from aq_lightning.calibration import LiveWindow, Pairs, Position, capture, fit, observed
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.loading import Pretrained, Source
 from aq_lightning.objectives import BlockMSE
@@ -106,7 +106,7 @@ def trial(seed: int, dominance: float | None) -> str:
             )  # fmt: skip
 
         result = fit(
-            live, Position(0, 0, 1), activations, (stream, target), trainer, lambda: pairs(stream, target, 4, seed)
+            live, Position(0, 0, 1), activations, (stream, target), trainer, lambda: Pairs(stream, target, 4, seed)
         )
     for matrix in result.module.matrices():
         effective = matrix.effective().detach()

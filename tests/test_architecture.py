@@ -27,6 +27,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.conversion",
         "aq_lightning.language_model",
         "aq_lightning.doctor",
+        "aq_lightning.fingerprint",
+        "aq_lightning.disk",
+        "aq_lightning.status",
+        "aq_lightning.nulls",
+        "aq_lightning.quiet",
     ),
     ("aq_lightning.calibration", "aq_lightning.export", "aq_lightning.deploy", "aq_lightning.evaluation"),
     ("aq_lightning.recipe",),
@@ -40,7 +45,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("aq_lightning.qtensor", "aq_lightning.experts"),
     ("aq_lightning.scheme", "aq_lightning.models.sites"),
-    ("aq_lightning.errors",),
+    ("aq_lightning.errors", "aq_lightning.durable"),
 )
 ARCHITECTURES = re.compile(
     r"llama(?!\.cpp|-server)|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE

@@ -92,11 +92,14 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, str, in
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_run_directory(finished: Callable[[str], Path], scheme: str) -> None:
     run = finished(scheme)
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "blocks", "logs", "checkpoint", "results.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "fingerprint.json", "baselines.json", "blocks", "logs", "checkpoint", "checkpoint.json",
+        "results.json",
+    }  # fmt: skip
     assert [path.name for path in sorted((run / "blocks").iterdir())] == ["0000", "0001"]
     for block in (run / "blocks").iterdir():
         assert {path.name for path in block.iterdir()} == {
-            "metrics.json", "transforms.safetensors", "weights.safetensors"
+            "manifest.json", "metrics.json", "transforms.safetensors", "weights.safetensors"
         }  # fmt: skip
         learnt = load_file(block / "transforms.safetensors")
         outcome = json.loads((block / "metrics.json").read_text())["outcome"]
@@ -167,11 +170,13 @@ def test_rerun_prints_the_table_and_touches_nothing(
     finished: Callable[[str], Path], fit: Fit, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     fit("w4a16", tmp_path / "run")
-    table = capsys.readouterr().out
+    said, _, table = capsys.readouterr().out.partition("\n")
+    assert said.startswith("disk use: up to ")
     assert {line.split("  ")[0] for line in table.splitlines()[:4]} == {"model", *rows(tmp_path / "run")}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     fit("w4a16", tmp_path / "run")
-    assert capsys.readouterr().out == table
+    said, _, again = capsys.readouterr().out.partition("\n")
+    assert said == f"{tmp_path / 'run'} is finished: nothing is left to do." and again == table
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
@@ -308,7 +313,7 @@ def test_a_real_process_writes_nothing_to_stderr(model_directory: Path, text_fil
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 6, "the table, where the checkpoint is, how it was checked"
+    assert len(done.stdout.splitlines()) == 7, "disk use, the table, where the checkpoint is, how it was checked"
 
 
 @pytest.mark.filterwarnings("ignore:block .*condition number")

@@ -110,7 +110,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> Ti
 def avoided_expert(model: PreTrainedModel) -> PreTrainedModel:
     """The model, whose routers choose 2 of 5 experts, so changed that none ever chooses expert 0.
 
-    It always scores 0, where of the other four, opposite in pairs, two score more.
+    It always scores 0, where of the other four, opposite in Pairs, two score more.
     """
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.microbatch import MicroBatched
+from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.calibration.watch import Cause, Quantity, Watch
+from aq_lightning.durable import save_tensors
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
 
@@ -37,7 +37,7 @@ class Position:
     """Number of windows in the model."""
 
 
-class BlockCalibration(LightningModule):
+class BlockCalibration(MicroBatched):
     """Fits the transforms and clipping of a window of blocks to its target; the blocks themselves are frozen.
 
     Args:
@@ -72,7 +72,10 @@ class BlockCalibration(LightningModule):
         self.arguments = arguments
         self.recipe = recipe
         self.position = position
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN must show
+        self.place = f"block {position.index}"
+        self.strict_loading = False  # checkpoints leave the frozen blocks out
+        self.after_step: Callable[[BlockCalibration, int], None] | None = None
+        self._restored: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
@@ -82,13 +85,9 @@ class BlockCalibration(LightningModule):
             hidden = answer(block, hidden, others)
         return hidden
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        hidden, target = batch  # each (batch, length, hidden)
+    def objective(self, hidden: Tensor, target: Tensor) -> Tensor:
         dtype = next(self.blocks[0].block.parameters()).dtype
-        loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
-        self.loss.update(loss.detach())
-        self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
-        return loss
+        return self.recipe.objective.loss(self(hidden.to(dtype)), target)
 
     def on_fit_start(self) -> None:
         index, places = self.position.index, self._places()
@@ -101,14 +100,17 @@ class BlockCalibration(LightningModule):
             matrix.residual.zero_()
             matrix.worst_bound.zero_()
 
-    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         for matrix in self.matrices():
             matrix.project()
             matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
         norms = torch._foreach_norm([tensor.detach() for _, tensor in self._trained()])
-        self.watch.update([*(matrix.residual for matrix in self.matrices()), outputs["loss"], *norms])
+        self.watch.update([*(matrix.residual for matrix in self.matrices()), self._step_loss, *norms])
         if self.trainer.is_last_batch:
             self._judge()
+        if self.after_step is not None:
+            self.after_step(self, batch_idx)
 
     def _judge(self) -> None:
         """Stops an epoch that nothing good comes back from: callbacks and the next attempt find out why."""
@@ -128,6 +130,40 @@ class BlockCalibration(LightningModule):
             matrix.doubt()
         if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
             self.sound = [*self.sound[:1], self.state()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {name: tensor for name, tensor in checkpoint["state_dict"].items() if ".block." not in name}
+        checkpoint |= {"state_dict": kept, "window": self._progress(), "random": random_state()}
+
+    def _progress(self) -> dict[str, Any]:
+        """What training has come to besides parameters, as plain values."""
+        return {
+            "buffers": {name: tensor for name, tensor in self.named_buffers() if ".block." not in name},
+            "methods": [matrix.method for matrix in self.matrices()],
+            "sound": self.sound,
+            "cause": self.cause and self.cause.as_dict(),
+            "watch": (self.watch.steps, self.watch.since),
+            "micro_batch": self.micro_batch,
+            "stopped": self.trainer.should_stop,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint
+        kept = checkpoint["window"]
+        for name, tensor in kept["buffers"].items():
+            self.get_buffer(name).copy_(tensor)
+        for matrix, method in zip(self.matrices(), kept["methods"], strict=True):
+            matrix.method = method
+        self.sound, self.micro_batch = kept["sound"], kept["micro_batch"]
+        self.cause = kept["cause"] and Cause(**kept["cause"])
+
+    def on_train_start(self) -> None:
+        if self._restored is not None:
+            kept = self._restored["window"]
+            self.watch.steps, since = kept["watch"]
+            self.watch.since = None if since is None else since.to(self.device)
+            self.trainer.should_stop = kept["stopped"]
+            restore_random_state(self._restored["random"])
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, each) for name, each in self.blocks.named_parameters() if each.requires_grad]
@@ -214,8 +250,11 @@ def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
 
 @cache
 def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
-    """One compiled function for the process: blocks of one shape, and with hooks of one kind, share its code."""
-    compiled = torch.compile(_answer)
+    """One compiled function for the process: blocks of one shape, and with hooks of one kind, share its code.
+
+    Every shape gets its own: code that serves several would depend on which came first, and its sums with it.
+    """
+    compiled = torch.compile(_answer, dynamic=False)
 
     def answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # hooks quantize activations
@@ -226,25 +265,4 @@ def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:
     """Writes ``transforms.safetensors``: what a window learnt, in float64."""
-    save_file(module.trained(), directory / "transforms.safetensors")
-
-
-class Pairs(Dataset):
-    """Inputs and targets of a window; a whole batch is taken by one indexing."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(indices, device=self.inputs.device)
-        return self.inputs[index], self.targets[index]
-
-
-def pairs(inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> DataLoader:
-    """Shuffled batches (inputs, targets), each (batch, length, hidden); the same seed gives the same order."""
-    data = Pairs(inputs, targets)
-    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(data, batch_size, sampler=sampler, collate_fn=lambda batch: batch)
+    save_tensors(directory / "transforms.safetensors", module.trained())

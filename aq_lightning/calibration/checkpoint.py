@@ -1,44 +1,73 @@
-"""The run directory: what a calibration leaves behind, block by block, each step whole or absent."""
+"""The run directory: what a calibration leaves behind, block by block, each step whole or absent, and never trusted
+once damaged."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from aq_lightning.calibration.lock import Lock
+from aq_lightning.calibration.streams import Streams
+from aq_lightning.durable import (
+    fresh,
+    intact,
+    listing,
+    manifest,
+    partial_of,
+    read_json,
+    remove,
+    save_tensors,
+    seal,
+    sealed,
+    sync,
+    write_json,
+    write_text,
+)
 from aq_lightning.errors import RequestError
 
+Resume = Literal["auto", "must", "never"]
+
 _CONFIG = "config.yaml"
+_FINGERPRINT = "fingerprint.json"
+_LOCK = "lock"
 _RESULTS = "results.json"
+_CHECKPOINT = "checkpoint.json"
 _WEIGHTS = "weights.safetensors"
 _METRICS = "metrics.json"
+_AT_WORK = "now.json"
+_STREAMS = "streams.safetensors"
 
 
 class RunDirectory:
     """Layout of a run.
 
-    ``config.yaml``: the resolved configuration. ``blocks/0007/``: a finished window, named after its first block:
-    ``weights.safetensors`` (packed), ``transforms.safetensors`` (float64), ``metrics.json``. ``logs/``: the loggers'.
-    ``checkpoint/``: the result. ``results.json``: the final table. A window's directory is filled under a temporary
-    name and renamed, so it is either whole or not there.
+    ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``blocks/0007/``: a
+    finished window, named after its first block: ``weights.safetensors`` (packed), ``transforms.safetensors``
+    (float64), ``metrics.json``. ``streams/0007/``: the streams that enter the window at work. ``inside/``: the
+    checkpoints inside it. ``logs/``: the loggers'. ``checkpoint/``: the result, and ``checkpoint.json`` the sums of its
+    files. ``results.json``: the final table. ``lock``: the process at work. A finished window names the sum of the
+    window before it, so that what was fitted to other streams is never taken.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._manifests: dict[int, dict[str, Any]] = {}
 
     @classmethod
-    def check(cls, path: Path, config: str) -> RunDirectory:
+    def check(cls, path: Path, config: str, resume: Resume = "auto") -> RunDirectory:
         """Checks without writing that a run can live at ``path``.
 
         Args:
             path: directory to create, or one that holds a run of the same configuration, which then goes on.
             config: resolved configuration as YAML.
+            resume: whether a run that is there goes on (``auto``), is demanded (``must``) or refused (``never``).
 
         Raises:
             RequestError: something else is there, or the place cannot be written.
@@ -49,12 +78,18 @@ class RunDirectory:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RequestError(f"A run directory must be writable, got {str(path)!r}: choose another --out.")
         run = cls(path)
-        if not path.exists() or all(entry.suffix == ".partial" for entry in path.iterdir()):
-            return run
-        if not (path / _CONFIG).is_file():
+        begun = (path / _CONFIG).is_file()
+        if resume == "must" and not begun:
+            raise RequestError(f"--resume must goes on with a run, got {str(path)!r}, which holds none: correct --out, "
+                               "or leave --resume out.")  # fmt: skip
+        if resume == "never" and begun:
+            raise RequestError(f"--resume never begins in a new place, got {str(path)!r}, which holds a run: choose "
+                               "another --out, or leave --resume out.")  # fmt: skip
+        if not begun and path.exists() and not all(_may_precede(entry) for entry in path.iterdir()):
             raise RequestError(f"A run directory is new, empty or an earlier run, got {str(path)!r}, which holds other "
                                "files: choose another --out.")  # fmt: skip
-        changes = _changes((path / _CONFIG).read_text(), config)
+        run.lock_file.check()
+        changes = _changes((path / _CONFIG).read_text(errors="replace"), config) if begun else []
         if changes:
             raise RequestError(
                 f"A run directory belongs to one configuration, got {str(path)!r}, which holds another "
@@ -62,79 +97,189 @@ class RunDirectory:
             )
         return run
 
-    def create(self, config: str) -> None:
-        """Makes the directory and writes the configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Checks that a run which goes on finds the model, data and versions that it began with.
+
+        Raises:
+            RequestError: one of them differs.
+        """
+        if not (self.path / _CONFIG).is_file():
+            return
+        began = read_json(self.path / _FINGERPRINT)
+        if began is None:
+            raise RequestError(
+                f"A run that goes on has its fingerprint, got {str(self.path / _FINGERPRINT)!r} missing or damaged: "
+                "choose another --out."
+            )
+        names = sorted({*began, *fingerprint})
+        different = [f"{name}: {began.get(name, 'none')} → {fingerprint.get(name, 'none')}"
+                     for name in names if began.get(name) != fingerprint.get(name)]  # fmt: skip
+        if different:
+            raise RequestError(
+                f"A run goes on with the model, data and versions that it began with, got {str(self.path)!r}, where "
+                f"these differ ({'; '.join(different)}): restore them, or choose another --out."
+            )
+
+    @property
+    def lock_file(self) -> Lock:
+        """Which process is at work here."""
+        return Lock(self.path / _LOCK)
+
+    def lock(self) -> Lock:
+        """Makes the directory; its lock, to hold while anything else is written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"A run directory must be writable, got {str(self.path)!r} ({error.strerror}): choose "
+                               "another --out.") from error  # fmt: skip
+        return self.lock_file
+
+    def create(self, config: str, fingerprint: Mapping[str, str]) -> None:
+        """Writes what a run is recognized by; the configuration comes last."""
         if not (self.path / _CONFIG).exists():
-            _write(self.path / _CONFIG, config)
+            write_json(self.path / _FINGERPRINT, fingerprint)
+            write_text(self.path / _CONFIG, config)
+            sync(self.path.parent)
+
+    def repair(self) -> list[str]:
+        """Removes what killed processes left unfinished, and finished windows and checkpoints that are damaged.
+
+        Returns:
+            Names of what was damaged.
+        """
+        for scratch in [*self.path.glob("*.partial"), *self.path.glob("*/*.partial")]:
+            remove(scratch)
+        damaged = []
+        self._manifests = {}
+        for place in sorted(self.path.glob("blocks/[0-9]*[0-9]")):
+            content = manifest(place)
+            if content is not None and "after" in content and content["files"].keys() >= {_WEIGHTS, _METRICS}:
+                self._manifests[int(place.name)] = content
+            else:
+                damaged.append(f"block {place.name}")
+                remove(place)
+        if self.checkpoint.exists() and not self.exported():
+            damaged.append("checkpoint")
+            remove(self.checkpoint)
+        return damaged
 
     @property
     def checkpoint(self) -> Path:
         """Where the result goes."""
         return self.path / "checkpoint"
 
+    def exported(self) -> bool:
+        """Whether the result is there, every byte as it was written."""
+        sums = read_json(self.path / _CHECKPOINT)
+        return sums is not None and intact(self.checkpoint, sums["files"])
+
+    def seal_checkpoint(self) -> None:
+        """Notes the sums of the result's files."""
+        write_json(self.path / _CHECKPOINT, {"files": listing(self.checkpoint)})
+
     def scratch(self, block: int) -> Path:
         """A fresh directory in which the window that starts at ``block`` is prepared."""
-        scratch = self._block(block).with_suffix(".partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        return scratch
+        return fresh(self._block(block))
 
     def commit(self, block: int, weights: Mapping[str, Tensor], metrics: Mapping[str, object]) -> None:
         """Completes a window: everything in its scratch directory, its weights and metrics appear at once."""
-        scratch = self._block(block).with_suffix(".partial")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, scratch / _WEIGHTS)
-        _write(scratch / _METRICS, json.dumps(metrics, indent=2))
-        for file in scratch.iterdir():
-            _sync(file)
-        _sync(scratch)
-        os.replace(scratch, self._block(block))
-        _sync(self._block(block).parent)
+        scratch = partial_of(self._block(block))
+        save_tensors(scratch / _WEIGHTS, weights)
+        write_text(scratch / _METRICS, json.dumps(metrics, indent=2))
+        self._manifests[block] = seal(self._block(block), {"after": self._sum_before(block)})
+        remove(self.inside)
 
     def finished(self, block: int) -> bool:
-        """Whether the window that starts at ``block`` is complete."""
-        return (self._block(block) / _METRICS).is_file()
+        """Whether the window that starts at ``block`` is complete; all before it must be.
+
+        One that was fitted behind other windows than those before it now is removed.
+        """
+        content = self._manifests.get(block)
+        if content is None:
+            return False
+        if content["after"] != self._sum_before(block):
+            del self._manifests[block]
+            remove(self._block(block))
+        return block in self._manifests
 
     def weights(self, block: int) -> dict[str, Tensor]:
         """Packed weights of a finished window."""
         return load_file(self._block(block) / _WEIGHTS)
 
-    def all_metrics(self) -> list[dict[str, object]]:
+    def keep(self, block: int, streams: Streams) -> None:
+        """Keeps the streams that enter the window that starts at ``block``, instead of those kept before."""
+        target = self._streams(block)
+        remove(target)
+        with sealed(target, {"after": self._sum_before(block)}) as partial:
+            save_tensors(partial / _STREAMS, vars(streams))
+        for other in self.path.glob("streams/*"):
+            if other != target:
+                remove(other)
+
+    def kept(self, starts: Sequence[int]) -> tuple[int, Streams] | None:
+        """The latest window, of those that start at ``starts``, whose entering streams are kept, and these, on the
+        host: all windows before it are finished."""
+        reached = next((index for index, start in enumerate(starts) if not self.finished(start)), len(starts) - 1)
+        for start in reversed(starts[: reached + 1]):
+            place = self._streams(start)
+            content = manifest(place)
+            if content is not None and content["after"] == self._sum_before(start):
+                return start, Streams(**load_file(place / _STREAMS))
+        return None
+
+    @property
+    def inside(self) -> Path:
+        """Where the checkpoints inside the window at work are."""
+        return self.path / "inside"
+
+    def remembered(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """``compute()``, or what it answered before in this run."""
+        path = self.path / f"{name}.json"
+        content = read_json(path)
+        if content is None:
+            content = compute()
+            write_json(path, content)
+        return content
+
+    def at_work(self, now: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Notes where the run stands, or says what was noted last."""
+        if now is not None:
+            write_json(self.path / _AT_WORK, now)
+        return read_json(self.path / _AT_WORK)
+
+    def all_metrics(self) -> list[dict[str, Any]]:
         """Metrics of the finished windows in order."""
         return [json.loads(path.read_text()) for path in sorted(self.path.glob(f"blocks/*[0-9]/{_METRICS}"))]
 
     @property
-    def results(self) -> dict[str, object] | None:
-        """The final table of a finished run."""
-        path = self.path / _RESULTS
-        return json.loads(path.read_text()) if path.is_file() else None
+    def results(self) -> dict[str, Any] | None:
+        """The final table of a finished run whose result is undamaged."""
+        return read_json(self.path / _RESULTS) if self.exported() else None
 
     def finish(self, results: Mapping[str, object]) -> None:
-        """Writes the final table."""
-        _write(self.path / _RESULTS, json.dumps(results, indent=2))
+        """Writes the final table, and removes what was kept for going on."""
+        write_json(self.path / _RESULTS, results)
+        for scratch in (self.path / "streams", self.inside, self.path / _AT_WORK):
+            remove(scratch)
 
     def _block(self, block: int) -> Path:
         return self.path / "blocks" / f"{block:04d}"
+
+    def _streams(self, block: int) -> Path:
+        return self.path / "streams" / f"{block:04d}"
+
+    def _sum_before(self, block: int) -> str | None:
+        """Sum of the weights of the window before ``block``."""
+        before = [index for index in self._manifests if index < block]
+        return self._manifests[max(before)]["files"][_WEIGHTS]["sha256"] if before else None
+
+
+def _may_precede(entry: Path) -> bool:
+    """Whether an entry of a directory may have been left by a process that was killed before its run began."""
+    return entry.suffix == ".partial" or entry.name in (_LOCK, _FINGERPRINT)
 
 
 def _changes(before: str, after: str) -> list[str]:
     """Changed lines of two configurations, as ``- old`` and ``+ new``."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     return [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

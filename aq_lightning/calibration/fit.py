@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.batches import Pairs
 from aq_lightning.calibration.block import BlockCalibration, Position, State
+from aq_lightning.calibration.inside import Attempt
 from aq_lightning.calibration.observe import Ranges
 from aq_lightning.calibration.watch import Cause
 from aq_lightning.calibration.window import LiveWindow
@@ -53,8 +53,8 @@ def fit(
     position: Position,
     activations: Sequence[Ranges],
     data: tuple[Tensor, Tensor],
-    trainer: Callable[[], Trainer],
-    loader: Callable[[], DataLoader],
+    trainer: Callable[[], Attempt],
+    loader: Callable[[], Pairs],
 ) -> Fit:
     """Trains a window and chooses the best of what it went through.
 
@@ -67,7 +67,7 @@ def fit(
         position: where they stand in the run.
         activations: ranges observed at each block's sites.
         data: the quantized stream and the target, each (samples, length, hidden).
-        trainer: makes a fresh Trainer.
+        trainer: makes a fresh Trainer for an attempt.
         loader: makes the batches of the data.
     """
     return _Fitting(live, position, activations, data, trainer, loader).best()
@@ -82,8 +82,8 @@ class _Fitting:
         position: Position,
         activations: Sequence[Ranges],
         data: tuple[Tensor, Tensor],
-        trainer: Callable[[], Trainer],
-        loader: Callable[[], DataLoader],
+        trainer: Callable[[], Attempt],
+        loader: Callable[[], Pairs],
     ) -> None:
         self.live, self.position, self.activations = live, position, activations
         self.data, self.trainer, self.loader = data, trainer, loader

@@ -32,7 +32,13 @@ def fold(
     for site in (site for site in architecture.sites if site.name in maps):
         each, offset = maps[site.name], architecture.gain_offset
         producer = architecture.member(site.producer, heads)
-        _over_outputs(folded, producer, each.folded or each.inverse, offset, each.shift if site.name in moved else None)
+        _over_outputs(
+            folded,
+            producer,
+            each.inverse if each.folded is None else each.folded,
+            offset,
+            each.shift if site.name in moved else None,
+        )
         if site.dual:
             _over_outputs(folded, architecture.member(site.dual, heads), each.transpose, offset)
         for consumer in site.consumers:

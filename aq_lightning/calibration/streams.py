@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -96,18 +96,23 @@ def run(
         blocks: consecutive blocks on the device, or what stands for them.
         arguments: of each block, on the device.
         stream: (samples, length, hidden), anywhere.
-        batch_size: samples per pass.
+        batch_size: samples per pass; half as many where memory runs out.
         device: the blocks'.
 
     Returns:
         A new stream like the given one; :func:`check_finite` says whether its dtype could hold it.
     """
     result = torch.empty_like(stream)
-    for start in range(0, len(stream), batch_size):
-        hidden = stream[start : start + batch_size].to(device, torch.float32)
-        for block, others in zip(blocks, arguments, strict=True):
-            hidden = answer(block, hidden, others)
-        result[start : start + batch_size] = hidden
+    start = 0
+    while start < len(stream):
+        with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
+            hidden = stream[start : start + batch_size].to(device, torch.float32)
+            for block, others in zip(blocks, arguments, strict=True):
+                hidden = answer(block, hidden, others)
+            result[start : start + batch_size] = hidden
+            start += batch_size
+            continue
+        batch_size = (batch_size + 1) // 2
     return result
 
 

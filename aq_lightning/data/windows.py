@@ -124,10 +124,12 @@ class TokenWindows(LightningDataModule):
         self.seed = seed
         self._directory = cache_directory(cache_dir) / "windows"
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._read: dict[Split, Tensor] = {}
 
     def attach_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Gives the tokenizer of the model; needed before any window is asked for."""
         self._tokenizer = tokenizer
+        self._read = {}
 
     def calibration(self) -> Tensor:
         """Calibration windows, int64 (samples, length).
@@ -160,6 +162,12 @@ class TokenWindows(LightningDataModule):
         return DataLoader(self.evaluation(), batch_size=self._batch_size, shuffle=False, num_workers=0)
 
     def _windows(self, split: Split, shape: Mapping[str, str | int], cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """Windows of one split, once read for good: a source may vanish during a run."""
+        if split not in self._read:
+            self._read[split] = self._cached(split, shape, cut)
+        return self._read[split]
+
+    def _cached(self, split: Split, shape: Mapping[str, str | int], cut: Callable[[Tensor], Tensor]) -> Tensor:
         """Windows of one split from the cache, or ``cut`` from its tokens."""
         if self._tokenizer is None:
             raise RequestError("Windows are made of tokens, got no tokenizer: call attach_tokenizer(tokenizer) first.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aq_lightning.durable import write_text
 from aq_lightning.errors import RequestError
 
 CARD = "README.md"
@@ -81,9 +82,7 @@ def write_card(directory: Path, facts: Facts, name: str) -> None:
     """
     if not directory.is_dir():
         raise RequestError(f"A card lies in a checkpoint, got {directory}, which does not exist: export first.")
-    partial = directory / f"{CARD}.partial"
-    partial.write_text(card(facts, name), encoding="utf-8")
-    partial.replace(directory / CARD)
+    write_text(directory / CARD, card(facts, name))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -15,7 +15,6 @@ not exist or is complete. A ``.partial`` directory that a killed run left behind
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aq_lightning.durable import partial_of, save_tensors, sync
 from aq_lightning.errors import RequestError
+from aq_lightning.models.files import read_object, weight_map
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -90,7 +90,7 @@ def verified(out: Path) -> Iterator[Path]:
         shutil.rmtree(unverified)
     yield unverified
     unverified.replace(out)
-    _sync(out.parent)
+    sync(out.parent)
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -103,8 +103,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """
         single, index = _renamed(SINGLE, stem), _renamed(INDEX, stem)
         if (directory / index).is_file():
-            weight_map = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"]
-            self._files: dict[str, Path] = {name: directory / file for name, file in weight_map.items()}
+            self._files: dict[str, Path] = weight_map(directory / index)
         elif (directory / single).is_file():
             with safe_open(directory / single, framework="pt") as file:
                 self._files = dict.fromkeys(file.keys(), directory / single)
@@ -136,7 +135,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise RequestError(f"A model directory holds {CONFIG}, got {directory}: give another path.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)
 
 
 def gathered(shards: Iterable[Mapping[str, Tensor]], limit: int = 4 * 2**30) -> Iterator[dict[str, Tensor]]:
@@ -160,21 +159,19 @@ def gathered(shards: Iterable[Mapping[str, Tensor]], limit: int = 4 * 2**30) -> 
 def atomic(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes ``out`` if the body succeeds and vanishes if it raises."""
     _check_vacant(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, partial)
         yield partial
-        readable = partial.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
         for path in partial.iterdir():
-            path.chmod(readable)
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         partial.replace(out)
         undo.pop_all()
-    _sync(out.parent)
+    sync(out.parent)
 
 
 def _check_vacant(out: Path) -> None:
@@ -192,8 +189,7 @@ def _write_shards(
         twice = files.keys() & shard.keys()
         if twice:
             raise RequestError(f"A tensor belongs to one shard, got {sorted(twice)} in two: write each once.")
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / f"{count}.part", metadata)
-        _order_header(folder / f"{count}.part")
+        save_tensors(folder / f"{count}.part", shard, metadata)
         files |= {name: (count, tensor.nbytes) for name, tensor in shard.items()}
         count += 1
         del shard  # free it before the next is made
@@ -231,22 +227,3 @@ def _check_extra(files: tuple[Path, ...]) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _order_header(path: Path) -> None:
-    """Sorts the header's notes, which safetensors writes in random order: the same content is the same bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
-from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate
+from aq_lightning.models.files import read_object
+from aq_lightning.models.loading import (
+    Source,
+    check_elements,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    reading,
+)
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.naming import from_checkpoint
 from aq_lightning.scheme import Scheme
@@ -42,11 +50,19 @@ def open_model(
     directory = Path(source.location).expanduser()
     if source.gguf_file or not _is_quantized(directory):
         return load_model(source, dtype, trust_remote_code), tokenizer, None
-    scheme, _ = read(directory)
+    with reading(source):
+        scheme, _ = read(directory)
+        return _dense(source, directory, dtype, trust_remote_code), tokenizer, scheme
+
+
+def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a quantized checkpoint, dequantized."""
     config = load_config(source, trust_remote_code)
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
-    return model_of(config, load_dense(directory, dtype), dtype, trust_remote_code), tokenizer, scheme
+    tensors = load_dense(directory, dtype)
+    check_elements(config, sum(tensor.numel() for tensor in tensors.values()), source)
+    return model_of(config, tensors, dtype, trust_remote_code)
 
 
 def model_of(
@@ -74,4 +90,4 @@ def model_of(
 
 def _is_quantized(directory: Path) -> bool:
     config = directory / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text())
+    return config.is_file() and "quantization_config" in read_object(config)

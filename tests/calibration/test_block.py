@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close, tiny_llama, with_true_norms
 from torch import Tensor
 
-from aq_lightning.calibration import BlockCalibration, Position, attach, observed, pairs, rounded_to_nearest
+from aq_lightning.calibration import BlockCalibration, Pairs, Position, attach, observed, rounded_to_nearest
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.sites import Heads
@@ -69,7 +69,7 @@ def test_batches_are_seeded_pairs() -> None:
 
     def order(seed: int) -> list[float]:
         seen = []
-        for x, y in pairs(inputs, targets, 4, seed):
+        for x, y in Pairs(inputs, targets, 4, seed):
             assert torch.equal(x, -y) and len(x) <= 4
             seen += x.flatten().tolist()
         return seen
@@ -82,7 +82,7 @@ def test_batches_are_seeded_pairs() -> None:
 
 
 def test_batches_are_shuffled_anew_each_epoch() -> None:
-    loader = pairs(torch.arange(16.0)[:, None, None], torch.zeros(16, 1, 1), 16, 0)
+    loader = Pairs(torch.arange(16.0)[:, None, None], torch.zeros(16, 1, 1), 16, 0)
     first, second = (next(iter(loader))[0].flatten().tolist() for _ in range(2))
     assert first != second
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer
 from transformers import LlamaForCausalLM
 
-from aq_lightning.calibration import BlockCalibration, Cause, Fit, LiveWindow, Position, capture, fit, observed, pairs
+from aq_lightning.calibration import BlockCalibration, Cause, Fit, LiveWindow, Pairs, Position, capture, fit, observed
 from aq_lightning.calibration.watch import Quantity, Watch
 from aq_lightning.errors import RequestError
 from aq_lightning.models.llama import SPEC
@@ -69,7 +69,7 @@ def fitted(
 
     with quantized_activations(live.blocks, recipe.scheme.activation):
         result = fit(
-            live, Position(0, 0, 1), activations, (stream, target), trainer, lambda: pairs(stream, target, 4, 0)
+            live, Position(0, 0, 1), activations, (stream, target), trainer, lambda: Pairs(stream, target, 4, 0)
         )
         assert live.loss(result.module.blocks, stream, target) == result.losses[result.outcome]
         assert result.losses[result.outcome] == min(result.losses.values())

@@ -1,0 +1,91 @@
+"""How much disk a run takes, known before it begins."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aq_lightning.calibration import AttachedBlock
+from aq_lightning.calibration.attach import linears
+from aq_lightning.errors import RequestError
+from aq_lightning.recipe import Recipe
+
+_SLACK = 2**24  # bytes: logs, metrics, headers, tokenizer
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes at most, by what they are for."""
+
+    result: int
+    """The checkpoint: packed blocks, and the other tensors as they are."""
+    blocks: int
+    """Packed weights and transforms of every block."""
+    inside: int
+    """Checkpoints inside the block at work, the last and the one being written."""
+    streams: int
+    """Activations entering the block at work, those being written and those before them; 0 if they are not kept."""
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.result + self.blocks + self.inside + self.streams + _SLACK
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_size(count)}" for name, count in vars(self).items() if count)
+        return f"disk use: up to {_size(self.total)} ({parts})"
+
+
+def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Recipe, stream: int) -> DiskUse:
+    """An upper bound, from shapes alone.
+
+    Args:
+        model: skeleton of the model.
+        attached: one of its blocks with the recipe, alike for all.
+        blocks: their number.
+        recipe: the method.
+        stream: elements of one stream, samples · length · hidden.
+    """
+    grid = recipe.scheme.weight
+    codes = sum(each.weight.numel() for each in linears(attached.block).values())
+    groups = sum(len(each.weight) * grid.groups(each.weight.shape[1]) for each in linears(attached.block).values())
+    block = sum(parameter.numel() for parameter in attached.block.parameters())
+    storage = torch.finfo(getattr(model.config, "dtype", None) or torch.float32).bits // 8  # bytes
+    packed = (
+        codes * (grid.bits + 1) // 8 + (storage + 1) * groups + storage * (block - codes)
+    )  # at most 1 bit of 8 is left over
+    learnt = 8 * sum(tensor.numel() for part in (attached.transforms, attached.quantizers)
+                     for tensor in part.state_dict().values())  # fmt: skip
+    outside = sum(parameter.numel() for parameter in model.parameters()) - blocks * block
+    pair = 2 * stream * recipe.streams.torch_dtype.itemsize
+    return DiskUse(
+        result=blocks * packed + storage * max(outside, 0),
+        blocks=blocks * (packed + learnt),
+        inside=2 * recipe.plan.size * 6 * learnt,  # parameters, two moments, two earlier states, gradients' scale
+        streams=2 * pair,
+    )
+
+
+def check_space(use: DiskUse, out: Path) -> int:
+    """Free bytes where a run will be.
+
+    Raises:
+        RequestError: fewer than the run needs beside what is there already.
+    """
+    place = next(each for each in (out, *out.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    here = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
+    if free + here < use.total:
+        raise RequestError(
+            f"A run needs room, got {_size(free)} free for {str(out)!r} ({use}): free space, choose another --out"
+            f"{', or add --keep_streams false' if use.streams else ''}."
+        )
+    return free
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
