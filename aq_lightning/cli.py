@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
 from aq_lightning.comparison import Comparison
+from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import DiskUse, check_space, disk_use
-from aq_lightning.errors import Interrupted, RequestError
+from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import Row, overhead_lines, render
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
@@ -37,7 +38,7 @@ from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.quiet import quiet
-from aq_lightning.verbs import VERBS
+from aq_lightning.verbs import BY_NAME, VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -148,7 +149,7 @@ class CommandLine(LightningCLI):
             print(f"training did not help, so these blocks were left as named: {kept}")
         for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
             print(f"an attempt was stopped, {cause}")
-        print(f"checkpoint: {run.checkpoint}")
+        print(f"checkpoint: {run.checkpoint}\nchecked: {run.results['parity']}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
@@ -212,8 +213,10 @@ class CommandLine(LightningCLI):
         )
         quantize(job, datamodule.calibration())
         method = Path(str(self._section.config[-1])).stem
-        row = comparison.checkpoint(str(run.checkpoint), method)
-        return {"rows": [*rows, row.as_dict()], "blocks": run.all_metrics()}
+        rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
+        verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
+        run.seal_checkpoint()  # again, with its card
+        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict}
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -283,11 +286,14 @@ def main(arguments: list[str] | None = None) -> None:
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         if verb in VERBS:
-            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}"))
+            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in BY_NAME))
         CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)

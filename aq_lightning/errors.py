@@ -10,6 +10,13 @@ class RequestError(ValueError):
     """
 
 
+class ParityError(RuntimeError):
+    """A written checkpoint does not say what the quantized model says: names the first differences and where it lies.
+
+    The files stay where they were written, beside the place that they would have taken.
+    """
+
+
 class Interrupted(Exception):
     """A run that stopped before its end, with everything finished so far on the disk: the same command goes on.
 

@@ -33,9 +33,11 @@ from aq_lightning.calibration import (
 )
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
-from aq_lightning.export import compressed_tensors
-from aq_lightning.export.directory import gathered
+from aq_lightning.export import compressed_tensors, formats, parity
+from aq_lightning.export.base import Subject
+from aq_lightning.export.directory import gathered, verified
 from aq_lightning.models.loading import Pretrained, save_companions
+from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
 from aq_lightning.recipe import Recipe
 
@@ -192,27 +194,30 @@ def calibrate(
 
 
 def export(job: Job) -> None:
-    """Writes the checkpoint from the journal's windows and the model's other tensors."""
+    """Writes the checkpoint from the journal's windows and the model's other tensors, and checks it before it is named.
+
+    Raises:
+        ParityError: the checkpoint does not say what the quantized model says.
+    """
     recipe, model = job.recipe, job.pretrained
     if job.journal.exported():
         return
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
-    with TemporaryDirectory() as companions:
-        compressed_tensors.write(
-            job.journal.checkpoint,
-            config,
-            gathered(_tensors(job)),
-            recipe.scheme,
-            layout=recipe.layout,
-            ignore=model.unquantized(),
-            extra_files=save_companions(model, Path(companions)),
-        )
+    form = formats.named("compressed-tensors", recipe.layout)
+    with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:
+        files = save_companions(model, Path(companions))
+        subject = Subject(config, recipe.scheme, model.storage, model.unquantized(), files)
+        shards = gathered(form.pack(shard, recipe.scheme) for shard in _tensors(job))
+        form.write(unverified, config, shards, recipe.scheme, ignore=subject.ignore, extra_files=files)
+        parity.check(unverified, form, subject, _tensors(job)).record(unverified)
     job.journal.seal_checkpoint()
 
 
-def _tensors(job: Job) -> Iterator[Mapping[str, Tensor]]:
-    """What lies outside the blocks, then each window's packed weights."""
+def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
+    """What lies outside the blocks, then each window's weights."""
+    recipe = job.recipe
     yield job.pretrained.outside()
-    for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
-        yield job.journal.weights(indices.start)
+    for indices in recipe.plan.windows(len(job.pretrained.blocks)):
+        packed = job.journal.weights(indices.start)
+        yield compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from aq_lightning.conversion import convert
 from aq_lightning.doctor import examine
+from aq_lightning.errors import RequestError
+from aq_lightning.export import formats
+from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.loading import EMBEDDED, load
 from aq_lightning.status import status_of
 
@@ -34,6 +39,36 @@ def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
     return 1 if wrong else 0
 
 
+def export(
+    run: Path,
+    format: formats.Name,
+    out: Path | None = None,
+    layout: Layout | None = None,
+    shard_gib: float = 4.0,
+) -> int:
+    """Writes the model of a finished run in another format, and checks it before it takes its name.
+
+    Args:
+        run: directory of a finished `fit`.
+        format: of the result; docs/deploy.md says which engine loads which.
+        out: directory to make; RUN/<format> unless told.
+        layout: how words are filled, for compressed-tensors with 3, 5, 6 or 7 bits.
+        shard_gib: greatest size of a file of tensors.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        RequestError: there is no checkpoint, or the format cannot hold it.
+        ParityError: the result does not say what the checkpoint says.
+    """
+    if not 0 < shard_gib < math.inf:
+        raise RequestError(f"A file of tensors has a positive size, got {shard_gib}: set --shard_gib to 4.")
+    directory, verdict = convert(run, format, out, layout, int(shard_gib * 2**30))
+    print(f"{format}: {directory}\nchecked: {verdict}")
+    return 0
+
+
 def status(run: str) -> int:
     """Prints where a run stands: what is done, what is at work, and how much time is left.
 
@@ -50,5 +85,7 @@ def status(run: str) -> int:
     return 0
 
 
-VERBS = {"doctor": doctor, "status": status}
+VERBS = {"doctor": doctor, "export": export, "status": status}
 """Name on the command line → function; its answer is the exit code."""
+BY_NAME = {"export"}
+"""Verbs whose required arguments have names on the command line."""

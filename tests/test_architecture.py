@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "aq_lightning.pipeline",
         "aq_lightning.comparison",
+        "aq_lightning.conversion",
         "aq_lightning.language_model",
         "aq_lightning.doctor",
         "aq_lightning.fingerprint",
@@ -47,7 +48,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("aq_lightning.errors", "aq_lightning.durable"),
 )
 ARCHITECTURES = re.compile(
-    r"llama|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE
+    r"llama(?!\.cpp|-server)|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE
 )
 
 

@@ -1,6 +1,6 @@
-"""The ``pack-quantized`` format of compressed-tensors: transformers and vLLM load it.
+"""The formats ``pack-quantized`` and ``int-quantized`` of compressed-tensors: transformers and vLLM load them.
 
-A weight ``<name>`` of shape (N, K) with b-bit codes in G groups becomes
+Packed, a weight ``<name>`` of shape (N, K) with b-bit codes in G groups becomes
 
 ========================  ==========================  ==================================================================
 ``<name>_packed``         int32 (N, words(K))         codes ``0 … 2^b − 1``, packed along K
@@ -8,6 +8,9 @@ A weight ``<name>`` of shape (N, K) with b-bit codes in G groups becomes
 ``<name>_zero_point``     int32 (words(N), G)         z, packed along N; present if and only if the grid is asymmetric
 ``<name>_shape``          int64 (2,)                  N, K
 ========================  ==========================  ==================================================================
+
+As plain integers (8 bits, symmetric, one scale per channel) it becomes ``<name>`` int8 (N, K), ``u − 128``, and
+``<name>_scale``. :func:`format_of` says which is written.
 
 Other tensors are stored as they are. A model with online products, which no client of the format can run, gets another
 ``quant_method`` around its section, and files of another name: transformers only warns of an unknown method, and would
@@ -27,7 +30,10 @@ from torch import Tensor
 
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors_config import (
+    INTEGERS,
     METHOD,
+    PACKED,
+    format_of,
     online_config,
     quantization_config,
     scheme_of,
@@ -50,21 +56,15 @@ def compress(name: str, tensor: QTensor, layout: Layout = "padded") -> dict[str,
         RequestError: the format cannot say it (a zero point off the middle of a symmetric grid), or no client could
             use it (a scale that is not finite and positive).
     """
-    grid, scale = tensor.grid, tensor.scale
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise RequestError(f"Scales are finite and positive, got others in {name}: store them in a wider dtype.")
+    _check(name, tensor)
+    grid = tensor.grid
     stored = {
         f"{name}_packed": pack_words(tensor.codes, grid.bits, layout),
-        f"{name}_scale": scale.contiguous(),
+        f"{name}_scale": tensor.scale.contiguous(),
         f"{name}_shape": torch.tensor(tensor.codes.shape, dtype=torch.int64),
     }
     if not grid.symmetric:
         stored[f"{name}_zero_point"] = pack_words(tensor.zero.T, grid.bits, layout).T.contiguous()
-    elif bool((tensor.zero != grid.levels // 2).any()):
-        raise RequestError(
-            f"The zero point of a symmetric grid of {grid.bits} bits is {grid.levels // 2}, got others in {name}: "
-            "use an asymmetric scheme."
-        )
     return stored
 
 
@@ -106,11 +106,20 @@ def decompress(name: str, tensors: Mapping[str, Tensor], grid: Grid, layout: Lay
     return QTensor(unpack_words(packed, grid.bits, columns, found), scale, zero, grid)
 
 
-def pack(weights: Mapping[str, Tensor | QTensor], layout: Layout) -> dict[str, Tensor]:
-    """Stored tensors of quantized and other weights together; the inverse of :func:`unpack`."""
+def integers(name: str, tensor: QTensor) -> dict[str, Tensor]:
+    """The stored tensors of a symmetric 8-bit weight as plain integers; refuses what :func:`compress` does."""
+    _check(name, tensor)
+    return {name: (tensor.codes ^ 128).view(torch.int8), f"{name}_scale": tensor.scale.contiguous()}
+
+
+def pack(weights: Mapping[str, Tensor | QTensor], layout: Layout, form: str = PACKED) -> dict[str, Tensor]:
+    """Stored tensors of quantized and other weights together; :func:`unpack` is the inverse of the packed form."""
     stored: dict[str, Tensor] = {}
     for name, value in weights.items():
-        stored |= compress(name, value, layout) if isinstance(value, QTensor) else {name: value}
+        if not isinstance(value, QTensor):
+            stored[name] = value
+        else:
+            stored |= integers(name, value) if form == INTEGERS else compress(name, value, layout)
     return stored
 
 
@@ -157,7 +166,7 @@ def write(
         refused = {"transformers_weights": f"none, for its online products run in {METHOD} only"}
         return Description({**source_config, **refused, "quantization_config": online_config(section, online)}, METHOD)
 
-    stored = map(partial(_stored, grid=scheme.weight, layout=layout), shards)
+    stored = map(partial(_stored, scheme=scheme, layout=layout), shards)
     write_directory(out, description, stored, {LAYOUT_NOTE: layout}, extra_files)
 
 
@@ -168,12 +177,15 @@ class Checkpoint(Mapping[str, "QTensor | Tensor"]):
         self._tensors = tensors
         self._grid = grid
         quantized = {name.removesuffix("_packed") for name in tensors if name.endswith("_packed")}
+        quantized |= {name for name in tensors if f"{name}_scale" in tensors}  # plain integers
         parts = {f"{name}{part}" for name in quantized for part in _PARTS}
         self._quantized = {name: name in quantized for name in [*(set(tensors) - parts), *quantized]}
 
     def __getitem__(self, name: str) -> QTensor | Tensor:
         if not self._quantized[name]:
             return self._tensors[name]
+        if name in self._tensors:
+            return _of_integers(self._tensors[name], self._tensors[f"{name}_scale"], self._grid)
         layout = self._tensors.metadata(f"{name}_packed").get(LAYOUT_NOTE)
         return decompress(name, self._tensors, self._grid, cast("Layout | None", layout))  # which refuses others
 
@@ -217,11 +229,27 @@ def _dense(value: QTensor | Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _stored(shard: Mapping[str, Tensor | QTensor], grid: Grid, layout: Layout) -> dict[str, Tensor]:
+def _stored(shard: Mapping[str, Tensor | QTensor], scheme: Scheme, layout: Layout) -> dict[str, Tensor]:
     for name, value in shard.items():
-        if isinstance(value, QTensor) and value.grid != grid:
-            raise RequestError(f"Every weight has the scheme's grid {grid}, got {value.grid} for {name}.")
-    return pack(shard, layout)
+        if isinstance(value, QTensor) and value.grid != scheme.weight:
+            raise RequestError(f"Every weight has the scheme's grid {scheme.weight}, got {value.grid} for {name}.")
+    return pack(shard, layout, format_of(scheme))
+
+
+def _check(name: str, tensor: QTensor) -> None:
+    grid, scale = tensor.grid, tensor.scale
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise RequestError(f"Scales are finite and positive, got others in {name}: store them in a wider dtype.")
+    if grid.symmetric and bool((tensor.zero != grid.levels // 2).any()):
+        raise RequestError(
+            f"The zero point of a symmetric grid of {grid.bits} bits is {grid.levels // 2}, got others in {name}: "
+            "use an asymmetric scheme."
+        )
+
+
+def _of_integers(weight: Tensor, scale: Tensor, grid: Grid) -> QTensor:
+    codes = weight.view(torch.uint8) ^ 128
+    return QTensor(codes, scale, torch.full(scale.shape, grid.levels // 2, dtype=torch.uint8), grid)
 
 
 def _layout_of(name: str, counts: Sequence[tuple[int, int]], bits: int, layout: Layout | None) -> Layout:

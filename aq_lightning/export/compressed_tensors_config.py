@@ -8,7 +8,8 @@ from typing import Any
 from aq_lightning.errors import RequestError
 from aq_lightning.scheme import Grid, Scheme
 
-FORMAT = "pack-quantized"
+PACKED = "pack-quantized"
+INTEGERS = "int-quantized"
 METHOD = "aq_lightning"
 """``quant_method`` of checkpoints that only this package runs."""
 
@@ -16,16 +17,22 @@ METHOD = "aq_lightning"
 _CONFIG: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
-    "format": FORMAT,
     "kv_cache_scheme": None,
 }
-_GROUP: dict[str, Any] = {"format": FORMAT, "output_activations": None}
+_GROUP: dict[str, Any] = {"output_activations": None}
 _ARGUMENTS: dict[str, Any] = {"type": "int", "block_structure": None, "actorder": None}
 # Written by some tools even if unused, and then empty.
 _OFTEN_EMPTY = ("transform_config", "sparsity_config")
 # Keys that do not bear on the stored numbers.
 _CONFIG_NOTES = {"global_compression_ratio", "ignore", "version", "run_compressed"}
 _ARGUMENT_NOTES = {"observer", "observer_kwargs", "zp_dtype"}
+
+
+def format_of(scheme: Scheme) -> str:
+    """How weights are stored: as plain int8 where engines multiply them so (8 bits on both sides, symmetric, one scale
+    per output channel), packed otherwise."""
+    both = scheme.activation is not None and scheme.activation.bits == 8
+    return INTEGERS if both and scheme.weight == Grid(8, None, symmetric=True) else PACKED
 
 
 def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
@@ -37,11 +44,13 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
     weight, activation = scheme.weight, scheme.activation
     strategy = "channel" if weight.group_size is None else "group"
     group = _GROUP | {
+        "format": format_of(scheme),
         "targets": ["Linear"],
         "weights": _arguments(weight, strategy, dynamic=False, observer="minmax"),
         "input_activations": None if activation is None else _arguments(activation, "token", dynamic=True),
     }
     return _CONFIG | {
+        "format": format_of(scheme),
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "config_groups": {"group_0": group},
@@ -55,7 +64,11 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
         RequestError: the configuration holds anything that a :class:`Scheme` cannot say; the message names it.
     """
     used = {key: value for key, value in config.items() if value or key not in _OFTEN_EMPTY}
-    _expect("quantization_config", dict.fromkeys(_CONFIG) | used, _CONFIG, _CONFIG_NOTES | {"config_groups"})
+    form = used.get("format")
+    if form not in (PACKED, INTEGERS):
+        raise RequestError(f"quantization_config.format must be {PACKED!r} or {INTEGERS!r}, got {form!r}: no other is "
+                           "supported.")  # fmt: skip
+    _expect("quantization_config", dict.fromkeys(_CONFIG) | used, _CONFIG, _CONFIG_NOTES | {"config_groups", "format"})
     groups = used.get("config_groups") or {}
     if len(groups) != 1:
         raise RequestError(f"A checkpoint has 1 config group, got {sorted(groups)}: quantize all linears alike.")
@@ -63,12 +76,15 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
     if not isinstance(group, Mapping):
         raise RequestError(f"A config group is spelled out, got {name}: {group!r}: write out the preset's arguments.")
     named = {key: value for key, value in group.items() if (key, value) != ("format", None)}
-    _expect(name, named, _GROUP, {"targets", "weights", "input_activations"})
+    _expect(name, named, _GROUP | {"format": form}, {"targets", "weights", "input_activations"})
     inputs = group.get("input_activations")
-    return Scheme(
+    scheme = Scheme(
         weight=_grid(f"{name}.weights", group.get("weights") or {}, ("group", "channel"), dynamic=False),
         activation=None if inputs is None else _grid(f"{name}.input_activations", inputs, ("token",), dynamic=True),
     )
+    if form == INTEGERS and format_of(scheme) != INTEGERS:
+        raise RequestError(f"{INTEGERS} is read for w8a8sym, got {scheme}: write it as {PACKED}.")
+    return scheme
 
 
 def online_config(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:

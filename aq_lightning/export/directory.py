@@ -66,13 +66,31 @@ def write_directory(
     """
     extra_files = tuple(extra_files)
     _check_extra(extra_files)
-    with _atomic(out) as partial:
+    with atomic(out) as partial:
         for source in extra_files:
             shutil.copyfile(source, partial / source.name)
         files = _write_shards(partial, shards, {"format": "pt", **metadata})
         description = config(files.keys()) if callable(config) else Description(config)
         _name_shards(partial, files, description.stem)
         _write_json(partial / CONFIG, description.config)
+
+
+@contextmanager
+def verified(out: Path) -> Iterator[Path]:
+    """A directory for the body to write and check: it becomes ``out`` if the body succeeds.
+
+    Otherwise what was written stays as ``<name>.unverified`` beside ``out``, until it is written again.
+
+    Raises:
+        RequestError: ``out`` has content.
+    """
+    _check_vacant(out)
+    unverified = out.with_name(out.name + ".unverified")
+    if unverified.exists():
+        shutil.rmtree(unverified)
+    yield unverified
+    unverified.replace(out)
+    sync(out.parent)
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -138,10 +156,9 @@ def gathered(shards: Iterable[Mapping[str, Tensor]], limit: int = 4 * 2**30) -> 
 
 
 @contextmanager
-def _atomic(out: Path) -> Iterator[Path]:
+def atomic(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes ``out`` if the body succeeds and vanishes if it raises."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RequestError(f"The output directory must be new or empty, got {out}: choose another or delete it.")
+    _check_vacant(out)
     partial = partial_of(out)
     if partial.exists():
         shutil.rmtree(partial)
@@ -155,6 +172,11 @@ def _atomic(out: Path) -> Iterator[Path]:
         partial.replace(out)
         undo.pop_all()
     sync(out.parent)
+
+
+def _check_vacant(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RequestError(f"The output directory must be new or empty, got {out}: choose another or delete it.")
 
 
 def _write_shards(

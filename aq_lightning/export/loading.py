@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
@@ -58,10 +60,22 @@ def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remo
     config = load_config(source, trust_remote_code)
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
-    tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
+    tensors = load_dense(directory, dtype)
     check_elements(config, sum(tensor.numel() for tensor in tensors.values()), source)
+    return model_of(config, tensors, dtype, trust_remote_code)
+
+
+def model_of(
+    config: PreTrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """An ordinary model with the tensors of a checkpoint, dequantized.
+
+    Raises:
+        RequestError: tensors are missing or unknown.
+    """
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     run_here(model.config)
+    tensors = from_checkpoint(tensors, architecture_of(config))
     carry_stored(model, {name: tensor for name, tensor in tensors.items() if carrier(name)})
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -69,7 +83,7 @@ def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remo
     if absent or unexpected:
         raise RequestError(
             f"A checkpoint holds exactly its model's tensors, got {sorted(absent)[:3]} missing and "
-            f"{sorted(unexpected)[:3]} unknown in {source.location!r}: write it again."
+            f"{sorted(unexpected)[:3]} unknown: write it again."
         )
     return model.eval().requires_grad_(False)
 

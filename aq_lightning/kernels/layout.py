@@ -115,6 +115,8 @@ def unpack_words(packed: Tensor, bits: int, columns: int, layout: Layout) -> Ten
             f"{columns} codes of {bits} bits take {words(columns, bits, layout)} words a row ({layout} layout), "
             f"got {count}: check the number of columns and the layout."
         )
+    if 8 % bits == 0:  # whole codes in each byte, of which a word's first is its lowest
+        return _unpack_bytes(packed.contiguous().view(torch.uint8), bits)[:, :columns].contiguous()
     code_period, word_period = _period(bits, layout)
     periods = -(-columns // code_period)
     packed = functional.pad(packed, (0, periods * word_period - count)).view(rows, periods, word_period)
@@ -123,6 +125,15 @@ def unpack_words(packed: Tensor, bits: int, columns: int, layout: Layout) -> Ten
         part = (packed[..., field.word] >> field.shift) & field.mask  # (rows, periods)
         codes[..., field.code] |= (part << field.skip).to(torch.uint8)
     return codes.flatten(1)[:, :columns].contiguous()
+
+
+def _unpack_bytes(packed: Tensor, bits: int) -> Tensor:
+    """uint8 (rows, bytes) → uint8 (rows, bytes · 8 / bits); what :func:`_fields` says, without a pass for each field of
+    a word."""
+    codes = packed.new_empty(*packed.shape, 8 // bits)
+    for place in range(8 // bits):
+        codes[..., place] = (packed >> (place * bits)) & (2**bits - 1)
+    return codes.flatten(1)
 
 
 def _expect(tensor: Tensor, dtype: torch.dtype, what: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
@@ -112,7 +113,7 @@ def test_decompress_refuses_another_grid(grid: Grid, layout: Layout, message: st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["w3a16g16", "w5a8sym", "w4a4"])
+@pytest.mark.parametrize("name", ["w3a16g16", "w5a8sym", "w4a4", "w8a8sym"])
 def test_directory_round_trip(tmp_path: Path, name: str, layout: Layout) -> None:
     scheme = Scheme.parse(name)
     groups, size = (2, 16) if scheme.weight.group_size else (1, 32)
@@ -132,6 +133,14 @@ def test_directory_round_trip(tmp_path: Path, name: str, layout: Layout) -> None
         assert dense.keys() == tensors.keys()
         assert all(same(dense[name], value.dequantize(dtype)) for name, value in shards[1].items())
         assert dense["0.bias"].dtype == dtype and dense["steps"].dtype == torch.int64
+
+
+def test_plain_integers_are_signed(tmp_path: Path) -> None:
+    tensor = random_qtensor(3, 1, 16, Grid(8, symmetric=True), torch.float16)
+    write(tmp_path / "out", {}, [{"a.weight": tensor}], Scheme.parse("w8a8sym"))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {"a.weight", "a.weight_scale"}
+        assert torch.equal(file.get_tensor("a.weight"), (tensor.codes.int() - 128).to(torch.int8))
 
 
 def test_write_refuses_a_grid_that_the_config_would_not_say(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_weights_in_half_precision(tmp_path: Path, minmax: Quantizer, dtype: tor
     assert all(torch.equal(loaded[name], value) for name, value in dense.items())
 
 
-@pytest.mark.parametrize("name", ["w4a4g32", "w4a8"])
+@pytest.mark.parametrize("name", ["w4a4g32", "w4a8", "w8a8", "w8a8sym"])
 def test_activations(tmp_path: Path, minmax: Quantizer, name: str) -> None:
     """The token's largest element lies on a rounding tie, so the scale must be the client's to the last bit."""
     model, scheme = tiny_llama(), Scheme.parse(name)

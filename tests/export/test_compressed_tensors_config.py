@@ -55,8 +55,8 @@ WEIGHTS, INPUTS = (*GROUP, "weights"), (*GROUP, "input_activations")
     ("edit", "message"),
     [
         (change(quant_method="gptq"), "quant_method must be 'compressed-tensors', got 'gptq'"),
-        (change(format="int-quantized"), "quantization_config.format must be 'pack-quantized', got 'int-quantized'"),
-        (lambda config: config.pop("format"), "quantization_config.format must be 'pack-quantized', got None"),
+        (change(format="frozen"), "format must be 'pack-quantized' or 'int-quantized', got 'frozen'"),
+        (lambda config: config.pop("format"), "format must be 'pack-quantized' or 'int-quantized', got None"),
         (change(quantization_status="frozen"), "quantization_status must be 'compressed', got 'frozen'"),
         (change(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme must be None"),
         (change(transform_config={"config_groups": {"R1": {}}}), r"got \['transform_config'\]: remove"),
