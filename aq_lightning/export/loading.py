@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
-from aq_lightning.models.files import read_object
+from aq_lightning.models.files import check_numbers, read_object
 from aq_lightning.models.loading import (
     Source,
-    check_elements,
     load_config,
     load_model,
     load_tokenizer,
     locate,
     reading,
+    skeleton,
 )
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.naming import from_checkpoint
@@ -59,7 +59,7 @@ def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remo
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
     tensors = from_checkpoint(load_dense(directory, dtype), architecture_of(config))
-    check_elements(config, sum(tensor.numel() for tensor in tensors.values()), source)
+    check_numbers(skeleton(config), sum(tensor.numel() for tensor in tensors.values()), source.location)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     run_here(model.config)
     carry_stored(model, {name: tensor for name, tensor in tensors.items() if carrier(name)})
