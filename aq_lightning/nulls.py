@@ -1,4 +1,4 @@
-"""Nulls in a configuration, which the parser lets pass everywhere."""
+"""Nulls and empty lists in a configuration, which the parser lets pass everywhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+from jsonargparse import Namespace
 
 from aq_lightning.errors import RequestError
 
@@ -20,7 +22,7 @@ def refuse_nulls(owner: Callable[..., object], values: Mapping[str, Any], sectio
         section: where they stand in the configuration, with a dot at its end; may be empty.
 
     Raises:
-        RequestError: a null where the annotation has none.
+        RequestError: a null where the annotation has none, or no fields where it has a dataclass.
     """
     function = owner.__init__ if inspect.isclass(owner) else owner
     for name, hint in get_type_hints(function).items():
@@ -30,5 +32,8 @@ def refuse_nulls(owner: Callable[..., object], values: Mapping[str, Any], sectio
         if value is None and NoneType not in kinds:
             raise RequestError(f"{section}{name} cannot be null: leave it out for its default, or give a value.")
         kind = next((kind for kind in kinds if inspect.isclass(kind) and is_dataclass(kind)), None)
-        if kind is not None and not isinstance(value, (str, kind)) and value is not None:
-            refuse_nulls(kind, vars(value), f"{section}{name}.")
+        if kind is None or value is None or isinstance(value, (str, kind)):
+            continue
+        if not isinstance(value, Namespace):
+            raise RequestError(f"{section}{name} is a mapping of fields, got {value!r}: name its fields.")
+        refuse_nulls(kind, vars(value), f"{section}{name}.")

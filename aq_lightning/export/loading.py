@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
 from aq_lightning.export.compressed_tensors import load_dense, read
-from aq_lightning.models.files import read_object
+from aq_lightning.models.files import check_numbers, read_object
 from aq_lightning.models.loading import (
     Source,
-    check_elements,
     load_config,
     load_model,
     load_tokenizer,
     locate,
     reading,
+    skeleton,
 )
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.naming import from_checkpoint
@@ -61,7 +61,7 @@ def _dense(source: Source, directory: Path, dtype: torch.dtype | str, trust_remo
     dtype = config.dtype if dtype == "auto" else dtype
     del config.quantization_config
     tensors = load_dense(directory, dtype)
-    check_elements(config, sum(tensor.numel() for tensor in tensors.values()), source)
+    check_numbers(skeleton(config), sum(tensor.numel() for tensor in tensors.values()), source.location)
     return model_of(config, tensors, dtype, trust_remote_code)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from aq_lightning.errors import RequestError
 
@@ -75,6 +77,39 @@ def stored_numbers(directory: Path) -> int:
         with safe_open(file, framework="pt") as opened:
             count += sum(math.prod(opened.get_slice(name).get_shape()) for name in _names(file))
     return count
+
+
+def check_numbers(model: nn.Module, held: int, location: str) -> None:
+    """Checks before memory is taken that a configuration does not describe more numbers than the files hold.
+
+    Args:
+        model: skeleton of what it describes.
+        held: elements of the stored tensors.
+        location: of the files.
+
+    Raises:
+        RequestError: it does.
+    """
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > held:
+        raise RequestError(
+            f"config.json describes the weights beside it, got {described:,} parameters for {held:,} stored numbers in "
+            f"{location!r}: mend config.json, or download the model again."
+        )
+
+
+def check_finite(model: nn.Module, location: str) -> None:
+    """Checks a loaded model's weights.
+
+    Raises:
+        RequestError: one is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise RequestError(
+                f"A model's weights are finite, got NaN or infinity in {name} of {location!r}: download it again, or "
+                "mend that tensor."
+            )
 
 
 def _names(file: Path) -> list[str]:

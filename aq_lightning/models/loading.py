@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
-from aq_lightning.models.files import check_model_files, stored_numbers
+from aq_lightning.models.files import check_finite, check_model_files, check_numbers, stored_numbers
 from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.models.naming import renamed
 from aq_lightning.models.sites import Architecture, Heads
@@ -172,7 +172,7 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
         if not source.gguf_file and not trust_remote_code and Path(source.location).is_dir():
             config = load_config(source)
             if getattr(config, "quantization_config", None) is None:  # packed numbers count several times
-                check_elements(config, stored_numbers(Path(source.location)), source)
+                check_numbers(skeleton(config), stored_numbers(Path(source.location)), source.location)
         model, report = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=torch.float32 if source.gguf_file else dtype,
@@ -186,7 +186,7 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
         raise RequestError(
             f"A model has all its tensors, got {source.location!r} without {', '.join(missing[:3])}: download it again."
         )
-    _check_finite(model, source)
+    check_finite(model, source.location)
     if source.gguf_file:
         model = _plain(model, torch.float16 if dtype == "auto" else dtype)
     return model.eval().requires_grad_(False)
@@ -231,29 +231,6 @@ def skeleton(config: object) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def check_elements(config: PreTrainedConfig, held: int, source: Source) -> None:
-    """Checks before memory is taken that a configuration does not describe more numbers than the files hold.
-
-    Raises:
-        RequestError: it does.
-    """
-    described = sum(parameter.numel() for parameter in skeleton(config).parameters())
-    if described > held:
-        raise RequestError(
-            f"config.json describes the weights beside it, got {described:,} parameters for {held:,} stored numbers in "
-            f"{source.location!r}: mend config.json, or download the model again."
-        )
-
-
-def _check_finite(model: PreTrainedModel, source: Source) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise RequestError(
-                f"A model's weights are finite, got NaN or infinity in {name} of {source.location!r}: download it "
-                "again, or mend that tensor."
-            )
 
 
 def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
