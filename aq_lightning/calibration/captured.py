@@ -110,8 +110,12 @@ class Captured(MicroBatched):
             loss.backward()
             return loss.detach()
 
+        buffers = [buffer for name, buffer in self.named_buffers() if ".block." not in name]
+        before = [buffer.clone() for buffer in buffers]
         try:
             self._step = Graph(work, _WARM_UP)
+            for buffer, known in zip(buffers, before, strict=True):
+                buffer.copy_(known)  # the warm-up leaves no trace: a resumed fit records anew
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
