@@ -52,9 +52,17 @@ def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None =
     return scale, round_through(-low / scale).clamp(0, grid.levels - 1)
 
 
-def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Codes of ``x`` as floating-point integers; the gradient passes the rounding and stops at the clamp."""
-    return (round_through(x / scale) + zero).clamp(0, grid.levels - 1)
+def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, offset: Tensor | None = None) -> Tensor:
+    """Codes of ``x`` as floating-point integers; the gradient passes the rounding and stops at the clamp.
+
+    Args:
+        x: what to round.
+        scale, zero: of its groups, as :func:`grid_of` gives them.
+        grid: bits.
+        offset: steps added before rounding, of the shape of ``x``: within ±½ it chooses a neighbour; None: none.
+    """
+    steps = x / scale if offset is None else x / scale + offset
+    return (round_through(steps) + zero).clamp(0, grid.levels - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -12,17 +12,23 @@ import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchmetrics import MeanMetric
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.best import Best, State
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.calibration.watch import Cause, Quantity, Watch
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
 
-State = dict[str, Tensor]
-"""Parameters and masks of a window's transforms and quantizers, by name."""
+_OFFSET = ".offset"  # of the parameters of learned rounding
+
+_DECAYS = {
+    "cosine": lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+    "linear": lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class BlockCalibration(LightningModule):
         self.ceiling = ceiling
         self.cause: Cause | None = None
         self.sound: list[State] = []
+        self.best: Best | None = None
         self.blocks = nn.ModuleList(blocks)
         for matrix in self.matrices():
             matrix.stability *= opening
@@ -87,6 +94,8 @@ class BlockCalibration(LightningModule):
         dtype = next(self.blocks[0].block.parameters()).dtype
         loss = self.recipe.objective.loss(self(hidden.to(dtype)), target)
         self.loss.update(loss.detach())
+        if self.best is not None:
+            self.best.update(loss.detach(), self.own())
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
 
@@ -94,6 +103,7 @@ class BlockCalibration(LightningModule):
         index, places = self.position.index, self._places()
         inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
         parameters = [_quantity(name, index) for name, _ in self._trained()]
+        self.best = Best(self.state()) if self.recipe.keep_best else None
         self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters])
 
     def on_train_epoch_start(self) -> None:
@@ -102,6 +112,9 @@ class BlockCalibration(LightningModule):
             matrix.worst_bound.zero_()
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: object, batch_idx: int) -> None:
+        for block in self.blocks:
+            for quantizer in block.quantizers.values():
+                quantizer.project()
         for matrix in self.matrices():
             matrix.project()
             matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
@@ -148,16 +161,17 @@ class BlockCalibration(LightningModule):
 
     def configure_optimizers(self) -> object:
         rates = self.recipe.learning_rates
-        groups = [
-            {"params": list(part.parameters()), "lr": rate * self.slowdown}
-            for block in self.blocks
-            for part, rate in ((block.transforms, rates.transform), (block.quantizers, rates.clipping))
-        ]
+        groups = []
+        for block in self.blocks:
+            offsets = [each.offset for each in block.quantizers.values() if each.offset is not None]
+            ranges = [each for name, each in block.quantizers.named_parameters() if not name.endswith(_OFFSET)]
+            kinds = {"transform": block.transforms.parameters(), "clipping": ranges, "rounding": offsets}
+            groups += [{"params": list(kinds[kind]), "lr": getattr(rates, kind) * self.slowdown} for kind in kinds]
         optimizer = self.recipe.optimizer([group for group in groups if group["params"]])
-        if not self.recipe.cosine:
+        if self.recipe.decay == "none":
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        scheduler = _DECAYS[self.recipe.decay](optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def trainable(self) -> bool:
@@ -186,8 +200,12 @@ class BlockCalibration(LightningModule):
         return worst
 
     def trained(self) -> dict[str, Tensor]:
-        """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""
-        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in self.own().items()}
+        """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host.
+
+        But not what learned rounding adds to each weight, as many numbers as there are weights: the codes say it.
+        """
+        own = {name: tensor for name, tensor in self.own().items() if not name.endswith(_OFFSET)}
+        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in own.items()}
 
     def state(self) -> State:
         """A copy of :meth:`own`, to return to."""
