@@ -14,7 +14,7 @@ from aq_lightning.models.loading import EMBEDDED
 from aq_lightning.models.sites import SiteShape
 from aq_lightning.objectives import BlockMSE, Objective
 from aq_lightning.quantizers import MinMax, WeightQuantizer
-from aq_lightning.recipe import LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
+from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
 from aq_lightning.scheme import Grid, Scheme
 from aq_lightning.transforms import Factor
 
@@ -33,7 +33,7 @@ class QuantizedLanguageModel(LightningModule):
         objective: what a block is fitted to.
         optimizer: optimizer of the trainable parameters.
         learning_rates: step sizes by kind of parameter; 0 trains nothing.
-        cosine: whether step sizes decay to 0 over the steps of a window of blocks, or stay constant.
+        decay: how step sizes fall to 0 over the steps of a window of blocks: ``cosine``, ``linear``, or ``none``.
         batch_size: windows of text per optimizer step.
         plan: which blocks are fitted together.
         streams: how activations are cached.
@@ -43,6 +43,8 @@ class QuantizedLanguageModel(LightningModule):
             GPU.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
+        keep_best: whether the parameters of the step whose batch had the least loss are kept as one more candidate, at
+            the cost of a copy of all trained parameters.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
             the better kept; otherwise its first epoch stands for the diagonal solution.
         trust_remote_code: whether code from the hub may run.
@@ -58,13 +60,14 @@ class QuantizedLanguageModel(LightningModule):
         objective: Objective | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         learning_rates: LearningRates = LearningRates(0.0, 0.0),
-        cosine: bool = False,
+        decay: Decay = "none",
         batch_size: int = 1,
         plan: WindowPlan = WindowPlan(),
         streams: StreamStorage = StreamStorage(),
         compiled: bool | None = None,
         captured: bool | None = None,
         layout: Layout = "padded",
+        keep_best: bool = False,
         diagonal_guard: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -83,7 +86,8 @@ class QuantizedLanguageModel(LightningModule):
             objective=objective or BlockMSE(),
             optimizer=optimizer,
             learning_rates=learning_rates,
-            cosine=cosine,
+            decay=decay,
+            keep_best=keep_best,
             batch_size=batch_size,
             plan=plan,
             streams=streams,

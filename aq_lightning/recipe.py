@@ -21,15 +21,20 @@ _GREATEST_RATE = 1e6  # far beyond use, and still a number in every precision
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
+Decay = Literal["none", "cosine", "linear"]
+"""Of step sizes to 0 over a window's steps: along half a cosine, or along a line."""
+
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Step sizes of the two kinds of parameters; see the YAML files for tuned values."""
+    """Step sizes of the three kinds of parameters; see the YAML files for tuned values."""
 
     transform: float
     """Of affine, diagonal, rotary and shift parameters."""
     clipping: float
-    """Of the weight quantizers' parameters."""
+    """Of the ranges of weight quantizers."""
+    rounding: float = 0.0
+    """Of what learned rounding adds to each weight, in steps of its grid."""
 
     def __post_init__(self) -> None:
         for name, rate in vars(self).items():
@@ -91,8 +96,8 @@ class Recipe:
     """Optimizer of a window's parameter groups."""
     learning_rates: LearningRates
     """Step sizes by kind of parameter."""
-    cosine: bool
-    """Whether the step sizes decay to 0 along a half cosine over a window's steps, or stay constant."""
+    decay: Decay
+    """How the step sizes fall over a window's steps."""
     batch_size: int
     """Windows of text per optimizer step."""
     plan: WindowPlan
@@ -105,5 +110,7 @@ class Recipe:
     """Whether training steps are recorded as a CUDA graph; None: on a GPU."""
     layout: Layout
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""
+    keep_best: bool = False
+    """Whether the parameters of the step whose batch had the least loss are one more candidate."""
     diagonal_guard: bool = False
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""

@@ -140,7 +140,7 @@ def tiny_model(directory: Path) -> None:
 def tiny_fit(directory: Path, *more: str, device: str = "cpu") -> Callable[[Path], list[str]]:
     """``fit`` of :func:`tiny_model` with a checkpoint after every step."""
     fixed = ["fit", "--config", str(ROOT / "configs/affinequant.yaml"), "--model.pretrained", str(directory)]
-    fixed += ["--model.scheme", "w3a16g32", "--model.cosine", "true", "--model.batch_size", "3"]
+    fixed += ["--model.scheme", "w3a16g32", "--model.decay", "cosine", "--model.batch_size", "3"]
     fixed += ["--data.source", str(directory / "text.txt"), "--data.samples", "8", "--data.length", "24"]
     fixed += ["--data.cache_dir", str(directory / "cache"), "--data.evaluation_samples", "2"]
     fixed += ["--trainer.max_epochs", "3", "--trainer.accelerator", device, "--save_every", "1", *more]

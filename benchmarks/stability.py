@@ -75,7 +75,7 @@ def recipe_of(draw: random.Random, dominance: float | None) -> Recipe:
         objective=BlockMSE(same_input=False),
         optimizer=torch.optim.AdamW,
         learning_rates=LearningRates(10 ** draw.uniform(-4, 1), 10 ** draw.uniform(-4, 1)),
-        cosine=draw.random() < 0.5,
+        decay=draw.choice(["none", "cosine"]),
         batch_size=4,
         plan=WindowPlan(),
         streams=StreamStorage("float32", "host"),

@@ -44,7 +44,7 @@ def fitted(
         "objective": BlockMSE(),
         "optimizer": torch.optim.Adam,
         "learning_rates": LearningRates(1e-3, 1e-2),
-        "cosine": False,
+        "decay": "none",
         "batch_size": 4,
         "plan": WindowPlan(),
         "streams": StreamStorage("float32", "host"),

@@ -81,12 +81,12 @@ def test_affinequant_uses_every_callback() -> None:
 def test_values_reach_the_objects(instantiated: Callable[..., CommandLine]) -> None:
     cli = instantiated(
         f"--config={CONFIGS / 'affinequant.yaml'}", "--model.scheme=w3a16g32", "--model.learning_rates.transform=0.25",
-        "--model.plan.size=2", "--trainer.max_epochs=3", "--data.samples=7", "--model.cosine=true",
+        "--model.plan.size=2", "--trainer.max_epochs=3", "--data.samples=7", "--model.decay=cosine",
     )  # fmt: skip
     recipe = cli.model.recipe
     assert (str(recipe.scheme), recipe.learning_rates.transform, recipe.plan.size) == ("w3a16g32", 0.25, 2)
     assert recipe.learning_rates.clipping == 1e-2, "the neighbour keeps its value"
-    assert (cli.trainer.max_epochs, recipe.cosine) == (3, True)
+    assert (cli.trainer.max_epochs, recipe.decay) == (3, "cosine")
 
 
 def test_scheme_spelled_out(instantiated: Callable[..., CommandLine], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_comparison_can_fail(fit, tmp_path: Path) -> None:
 
 
 STEP_BEFORE_THE_END = {
-    "constant steps": ("--model.cosine", "false"),
+    "constant steps": ("--model.decay", "none"),
     "two blocks in a window": ("--model.plan.size", "2"),
     "one batch to an epoch": ("--model.batch_size", "8"),
     "attempts that diverge": ("--model.learning_rates.clipping", "1e6"),

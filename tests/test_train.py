@@ -338,3 +338,17 @@ def test_divergence_ends_in_a_fallback_not_in_a_crash(
     assert said.count("an attempt was stopped, ") == len(stopped) and bool(stopped) == (rates[0] == "1e6")
     assert all(f"{Cause(**cause)}" in said for cause in stopped)
     assert all(block["attempts"] == min(len(block["causes"]) + 1, 3) for block in metrics(run))
+
+
+@pytest.mark.parametrize("config", ["signround.yaml", "affinequant-rounding.yaml"])
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
+def test_learned_rounding_end_to_end(fit: Fit, tmp_path: Path, config: str, scheme: str) -> None:
+    """The codes that training saw are the codes in the checkpoint; the offsets themselves are left out."""
+    rates = ["--model.learning_rates.rounding=0.05", "--model.learning_rates.clipping=0.05"]
+    run = fit(scheme, tmp_path / "run", "--trainer.max_epochs=10", *rates, config=config)
+    for block in metrics(run):
+        assert block["outcome"] in ("trained", "best step") and block["loss"] < 0.8 * block["rtn_loss"]
+        assert block["loss"] == pytest.approx(block["candidates"][block["outcome"]], rel=0.02)
+    learnt = load_file(run / "blocks/0000/transforms.safetensors")
+    assert learnt and not [name for name in learnt if name.endswith("offset")]
+    assert answer(run / "checkpoint").isfinite().all()

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.best import Best, State
 from aq_lightning.calibration.captured import Captured
+from aq_lightning.calibration.optimization import OFFSET, optimization
 from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.calibration.watch import Cause, Quantity, Watch
 from aq_lightning.durable import save_tensors
 from aq_lightning.recipe import Recipe
 from aq_lightning.transforms import Affine
-
-State = dict[str, Tensor]
-"""Parameters and masks of a window's transforms and quantizers, by name."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class BlockCalibration(Captured):
         self.ceiling = ceiling
         self.cause: Cause | None = None
         self.sound: list[State] = []
+        self.best: Best | None = None
         self.blocks = nn.ModuleList(blocks)
         for matrix in self.matrices():
             matrix.stability *= opening
@@ -92,6 +92,7 @@ class BlockCalibration(Captured):
         index, places = self.position.index, self._places()
         inverses = [Quantity(index + block, site, "inverse") for block, site, _ in places]
         parameters = [_quantity(name, index) for name, _ in self._trained()]
+        self.best = Best(self.state()) if self.recipe.keep_best else None
         self.watch = Watch([*inverses, Quantity(index, "", "loss"), *parameters], self.device)
         self._watched = [parameter.detach() for _, parameter in self._trained()]
 
@@ -110,7 +111,14 @@ class BlockCalibration(Captured):
         """What the recipe says, or where it says nothing, whether this is a GPU."""
         return self.device.type == "cuda" if choice is None else choice
 
+    def before_update(self, loss: Tensor) -> None:
+        if self.best is not None:
+            self.best.update(loss, self.own())
+
     def after_update(self) -> None:
+        for block in self.blocks:
+            for quantizer in block.quantizers.values():
+                quantizer.project()
         for matrix in self.matrices():
             matrix.project()
             matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
@@ -155,6 +163,7 @@ class BlockCalibration(Captured):
             "sound": self.sound,
             "cause": self.cause and self.cause.as_dict(),
             "watch": (self.watch.steps, self.watch.since),
+            "best": self.best and (self.best.loss, self.best.state),
             "micro_batch": self.micro_batch,
             "stopped": self.trainer.should_stop,
         }
@@ -174,6 +183,8 @@ class BlockCalibration(Captured):
             kept = self._restored["window"]
             for tensor, known in zip((self.watch.steps, self.watch.since), kept["watch"], strict=True):
                 tensor.copy_(known)
+            if self.best is not None:
+                self.best.restore(*kept["best"])
             self.trainer.should_stop = kept["stopped"]
             restore_random_state(self._restored["random"])
 
@@ -195,18 +206,7 @@ class BlockCalibration(Captured):
         return [matrix for _, _, matrix in self._places()]
 
     def configure_optimizers(self) -> object:
-        rates = self.recipe.learning_rates
-        groups = [
-            {"params": list(part.parameters()), "lr": rate * self.slowdown}
-            for block in self.blocks
-            for part, rate in ((block.transforms, rates.transform), (block.quantizers, rates.clipping))
-        ]
-        optimizer = self.recipe.optimizer([group for group in groups if group["params"]])
-        if not self.recipe.cosine:
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimization(self.blocks, self.recipe, self.slowdown, lambda: self.trainer.estimated_stepping_batches)
 
     def trainable(self) -> bool:
         """Whether the recipe leaves anything to train."""
@@ -234,8 +234,12 @@ class BlockCalibration(Captured):
         return worst
 
     def trained(self) -> dict[str, Tensor]:
-        """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host."""
-        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in self.own().items()}
+        """Every trainable parameter by name, the masks of affine matrices included, in float64 on the host.
+
+        But not what learned rounding adds to each weight, as many numbers as there are weights: the codes say it.
+        """
+        own = {name: tensor for name, tensor in self.own().items() if not name.endswith(OFFSET)}
+        return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in own.items()}
 
     def state(self) -> State:
         """A copy of :meth:`own`, to return to."""

@@ -108,6 +108,7 @@ class Captured(MicroBatched):
             self.zero_grad()  # so that the backward pass writes, instead of adding to what was there
             loss = self.objective(*self._batch)
             loss.backward()
+            self.before_update(loss.detach())
             return loss.detach()
 
         buffers = [buffer for name, buffer in self.named_buffers() if ".block." not in name]

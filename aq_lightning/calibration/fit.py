@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.batches import Pairs
-from aq_lightning.calibration.block import BlockCalibration, Position, State
+from aq_lightning.calibration.best import State
+from aq_lightning.calibration.block import BlockCalibration, Position
 from aq_lightning.calibration.inside import Attempt
 from aq_lightning.calibration.observe import Ranges
 from aq_lightning.calibration.watch import Cause
@@ -27,9 +28,10 @@ class Fit:
     module: BlockCalibration
     """The window with the parameters that were chosen."""
     outcome: str
-    """``trained``; or what was better: ``rolled back`` (the last sound epoch of a training that was stopped), ``first
-    epoch`` (affine matrices still diagonal), ``diagonal`` (trained with diagonal matrices), ``start`` (no training) or
-    ``nearest`` (no transforms: round-to-nearest)."""
+    """``trained``; or what was better: ``best step`` (whose batch had the least loss, if the recipe asks for it),
+    ``rolled back`` (the last sound epoch of a training that was stopped), ``first epoch`` (affine matrices still
+    diagonal), ``diagonal`` (trained with diagonal matrices), ``start`` (no training) or ``nearest`` (no transforms:
+    round-to-nearest)."""
     attempts: int
     """Times it was trained; more than one after an attempt that was stopped."""
     losses: dict[str, float]
@@ -122,6 +124,8 @@ class _Fitting:
                     module.cause = Cause(self.position.index, "", "loss", None, module.current_epoch)
             elif module.sound:
                 candidates.append(self.candidate("rolled back", module, module.sound[-1]))
+            if module.best is not None:
+                candidates.append(self.candidate("best step", module, module.best.state))
             if module.cause is None:
                 break
             causes.append(module.cause)

@@ -49,8 +49,13 @@ class MicroBatched(LightningModule):
         for part in parts:
             self.trainer.strategy.backward(self._share(*part), None)
         loss = self._share(*last)
+        self.before_update(self._step_loss)
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
+
+    def before_update(self, loss: Tensor) -> None:
+        """What precedes each optimizer step, on the device alone; ``loss`` is the batch's, a scalar."""
+        raise NotImplementedError
 
     def _share(self, hidden: Tensor, target: Tensor) -> Tensor:
         """What a part adds to the mean loss of its batch."""

@@ -5,4 +5,5 @@ from aq_lightning.quantizers.activations import quantized_activations as quantiz
 from aq_lightning.quantizers.base import WeightQuantizer as WeightQuantizer
 from aq_lightning.quantizers.base import WeightQuantizerFactory as WeightQuantizerFactory
 from aq_lightning.quantizers.clipping import LearnedClipping as LearnedClipping
+from aq_lightning.quantizers.learned_rounding import LearnedRounding as LearnedRounding
 from aq_lightning.quantizers.minmax import MinMax as MinMax

@@ -15,6 +15,7 @@ from aq_lightning.scheme import Grid
 class WeightQuantizer(nn.Module, ABC):
     """Rounds one linear's weight, or the stacked ones of experts, to its grid. A subclass gives each group's range.
 
+    One that learns to round sets ``offset`` too, a parameter (out, in): steps added to each weight before rounding.
     Training's fake quantization and the merged :class:`QTensor` come from the same lines.
 
     Args:
@@ -31,16 +32,23 @@ class WeightQuantizer(nn.Module, ABC):
         self.grid = grid
         self.storage = storage
         self.grouped = (shape[0], grid.groups(shape[1]), -1)  # (out, groups, size)
+        self.register_parameter("offset", None)
 
     @abstractmethod
-    def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Range of each group: (out, groups, size) → low and high, each (out, groups, 1)."""
+    def fractions(self) -> tuple[Tensor, Tensor]:
+        """Where each group's range ends: fractions of its least and of its greatest weight, each (out, groups)."""
+
+    def project(self) -> None:
+        """Brings parameters that a step took out of bounds back; called after every step."""
 
     def _encode(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, in) → codes (out, groups, size), scale and zero (out, groups, 1)."""
         groups = weight.reshape(self.grouped)
-        scale, zero = grid_of(*self.limits(groups), self.grid, self.storage)
-        return encode(groups, scale, zero, self.grid), scale, zero
+        low, high = (fraction[..., None].to(groups.dtype) for fraction in self.fractions())  # (out, groups, 1) each
+        ends = groups.amin(-1, keepdim=True) * low, groups.amax(-1, keepdim=True) * high
+        scale, zero = grid_of(*ends, self.grid, self.storage)
+        offset = None if self.offset is None else self.offset.view(self.grouped).to(groups.dtype)
+        return encode(groups, scale, zero, self.grid, offset), scale, zero
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake quantization: the weight the integers stand for, in the shape and dtype given; differentiable."""

@@ -19,9 +19,8 @@ class LearnedClipping(WeightQuantizer):
 
     def __init__(self, grid: Grid, shape: tuple[int, int], storage: torch.dtype, start: float = 4.0) -> None:
         super().__init__(grid, shape, storage)
-        self.lower = nn.Parameter(torch.full((*self.grouped[:2], 1), start))  # (out, groups, 1)
-        self.upper = nn.Parameter(torch.full((*self.grouped[:2], 1), start))  # (out, groups, 1)
+        self.lower = nn.Parameter(torch.full(self.grouped[:2], start))  # (out, groups)
+        self.upper = nn.Parameter(torch.full(self.grouped[:2], start))  # (out, groups)
 
-    def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
-        return low * self.lower.to(low.dtype).sigmoid(), high * self.upper.to(high.dtype).sigmoid()
+    def fractions(self) -> tuple[Tensor, Tensor]:
+        return self.lower.sigmoid(), self.upper.sigmoid()

@@ -14,6 +14,7 @@ class MinMax(WeightQuantizer):
 
     def __init__(self, grid: Grid, shape: tuple[int, int], storage: torch.dtype) -> None:
         super().__init__(grid, shape, storage)
+        self.register_buffer("whole", torch.ones(self.grouped[:2]), persistent=False)  # (out, groups)
 
-    def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    def fractions(self) -> tuple[Tensor, Tensor]:
+        return self.whole, self.whole

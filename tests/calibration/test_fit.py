@@ -11,11 +11,13 @@ from fitting import CPU, LIGHTNING, Sabotage, fitted
 from helpers import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from aq_lightning.calibration import BlockCalibration, Cause
 from aq_lightning.calibration.watch import Quantity, Watch
 from aq_lightning.errors import RequestError
+from aq_lightning.optimizers import SignSGD
+from aq_lightning.quantizers import LearnedRounding
 from aq_lightning.recipe import LearningRates
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
@@ -186,3 +188,63 @@ def test_any_block_ends_finite_and_no_worse(heads, intermediate, epochs, scheme,
     assert all(bool(tensor.isfinite().all()) for tensor in result.module.own().values())
     assert 1 <= result.attempts <= 3 and len(result.causes) in (result.attempts - 1, 3)
     assert {"start", "nearest"} <= set(result.losses) and ("diagonal" in result.losses) <= guard
+
+
+ROUNDING = {
+    "weight_quantizer": LearnedRounding,
+    "optimizer": SignSGD,
+    "learning_rates": LearningRates(1e-3, 0.05, 0.05),
+    "decay": "linear",
+}
+
+
+@pytest.mark.parametrize("transforms", [{}, {"value_output": [Diagonal, Affine]}], ids=["alone", "with transforms"])
+def test_learned_rounding_beats_learned_clipping(transforms: dict) -> None:
+    clipping = fitted(transforms=transforms, epochs=10)
+    rounding = fitted(transforms=transforms, epochs=10, **ROUNDING)
+    assert rounding.outcome == "trained" and rounding.losses["trained"] < 0.7 * clipping.losses["trained"]
+
+
+def test_offsets_have_their_own_step_size_and_stay_out_of_the_file() -> None:
+    rates = LearningRates(0.0, 0.0, 0.05)
+    result = fitted(epochs=2, keep_best=False, **{**ROUNDING, "learning_rates": rates})
+    moved = {name.rpartition(".")[2] for name, tensor in result.module.own().items() if moves(name, tensor)}
+    assert result.outcome == "trained" and moved == {"offset"}
+    learnt = result.module.trained()
+    assert {name.rpartition(".")[2] for name in learnt if ".quantizers." in name} == {"lower", "upper"}
+
+
+def moves(name: str, tensor: torch.Tensor) -> bool:
+    """Whether an entry of a quantizer differs from its start."""
+    start = 0.0 if name.endswith("offset") else 1.0
+    return ".quantizers." in name and bool((tensor != start).any())
+
+
+def test_linear_decay_ends_at_zero() -> None:
+    class Rates(Callback):
+        seen: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, module: BlockCalibration, batch, index: int) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[-1]["lr"])
+
+    fitted([Rates()], epochs=2, **ROUNDING)
+    assert Rates.seen == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+
+
+def test_the_best_step_is_a_candidate_with_the_parameters_of_its_loss() -> None:
+    """Batches of all samples: the least loss of a step is that of its parameters."""
+
+    class Losses(Callback):
+        seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: Trainer, module: BlockCalibration, outputs, batch, index: int) -> None:
+            self.seen.append(float(outputs["loss"]))
+            if trainer.global_step == 6:  # what comes after it is worse
+                for name, parameter in module.named_parameters():
+                    if name.endswith("upper"):
+                        parameter.data.fill_(0.2)
+
+    result = fitted([Losses()], epochs=8, batch_size=8, batch=8, keep_best=True, **ROUNDING)
+    least = min(Losses.seen)
+    assert Losses.seen.index(least) == 5 and result.outcome == "best step"
+    assert result.losses["best step"] == pytest.approx(least, rel=1e-3) and result.losses["trained"] > 1.5 * least

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
-from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
+from aq_lightning.quantizers import LearnedClipping, LearnedRounding, MinMax, quantized_activations
 from aq_lightning.scheme import Grid
 
 GRIDS = [Grid(3), Grid(4, 16), Grid(2, 8, True), Grid(8, None, True)]
@@ -68,7 +68,7 @@ def test_training_the_clipping_lowers_the_error(bits: int, ratio: float) -> None
 
 
 def test_group_that_does_not_divide_is_refused() -> None:
-    for kind in (MinMax, LearnedClipping):
+    for kind in (MinMax, LearnedClipping, LearnedRounding):
         with pytest.raises(RequestError, match="divide the 32 input channels.*got 24"):
             kind(Grid(4, 24), (6, 32), torch.float16)
 
@@ -101,20 +101,23 @@ def hostile(groups: tuple[int, int, int], kind: str) -> Tensor:
 @settings(max_examples=150, deadline=None)
 @given(
     groups=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)),
-    kind=st.sampled_from(["zero", "constant", "negative constant", "tiny", "small", "outlier", "ordinary"]),
+    name=st.sampled_from(["zero", "constant", "negative constant", "tiny", "small", "outlier", "ordinary"]),
     bits=st.integers(2, 8),
     symmetric=st.booleans(),
     storage=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 9),
 )
-def test_any_group_is_rounded_to_its_own_grid(groups, kind, bits, symmetric, storage, seed) -> None:
+def test_any_group_is_rounded_to_its_own_grid(groups, name, bits, symmetric, storage, seed) -> None:
     """One number for training and file, all of them finite, every weight within a step of where it was."""
     torch.manual_seed(seed)
     grid, shape = Grid(bits, groups[2], symmetric), (groups[0], groups[1] * groups[2])
-    weight = hostile(groups, kind)
+    weight = hostile(groups, name)
     reach = torch.maximum(weight.amax(-1), -weight.amin(-1))  # (out, groups)
     width = 2 * reach if symmetric else weight.amax(-1).clamp(min=0) - weight.amin(-1).clamp(max=0)
-    for quantizer in (MinMax(grid, shape, storage), LearnedClipping(grid, shape, storage)):
+    for kind in (MinMax, LearnedClipping, LearnedRounding):
+        quantizer = kind(grid, shape, storage)
+        if quantizer.offset is not None:
+            quantizer.offset.data.uniform_(-0.5, 0.5)
         flat = weight.flatten(1).requires_grad_()
         rounded, stored = quantizer(flat), quantizer.quantize(flat)
         assert_close("stored", rounded, stored.dequantize(torch.float64), 1e-15)
@@ -128,5 +131,5 @@ def test_any_group_is_rounded_to_its_own_grid(groups, kind, bits, symmetric, sto
             coarse = grid.levels * (scale - width / (grid.levels - 1)).abs()  # what the stored scale does to the ends
             off = (rounded.detach() - weight.flatten(1)).view(groups).abs()
             assert bool((off <= (scale + coarse)[..., None] * (1 + 1e-9)).all())
-        if kind == "zero":
+        if name == "zero" and quantizer.offset is None:
             assert not rounded[0, : groups[2]].any()

@@ -1,0 +1,44 @@
+"""What steps with what: the optimizer of a window's parameters, and how its step sizes fall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch.optim import lr_scheduler
+
+from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.recipe import Recipe
+
+OFFSET = ".offset"
+"""End of the names of learned rounding's parameters."""
+
+_DECAYS = {
+    "cosine": lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+    "linear": lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps),
+}
+
+
+def optimization(
+    blocks: Iterable[AttachedBlock], recipe: Recipe, slowdown: float, steps: Callable[[], float]
+) -> object:
+    """What :meth:`LightningModule.configure_optimizers` returns.
+
+    Args:
+        blocks: whose transforms and quantizers are trained.
+        recipe: optimizer, step sizes by kind of parameter, decay.
+        slowdown: factor on every step size.
+        steps: counts those of the whole training.
+    """
+    groups = []
+    for block in blocks:
+        offsets = [each.offset for each in block.quantizers.values() if each.offset is not None]
+        ranges = [each for name, each in block.quantizers.named_parameters() if not name.endswith(OFFSET)]
+        kinds = {"transform": block.transforms.parameters(), "clipping": ranges, "rounding": offsets}
+        groups += [
+            {"params": list(kinds[kind]), "lr": getattr(recipe.learning_rates, kind) * slowdown} for kind in kinds
+        ]
+    optimizer = recipe.optimizer([group for group in groups if group["params"]])
+    if recipe.decay == "none":
+        return optimizer
+    scheduler = _DECAYS[recipe.decay](optimizer, int(steps()))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,3 @@
+"""Optimizers that torch does not have."""
+
+from aq_lightning.optimizers.sign_sgd import SignSGD as SignSGD
