@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
-from aq_lightning.calibration.fold import add_shift_biases, fold
+from aq_lightning.calibration.fold import Scaled, add_biases, fold, shift_directions
 from aq_lightning.calibration.places import carrier_of, check_place
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
+from aq_lightning.kernels.fake_quantize import Request, fake_quantize
 from aq_lightning.models.sites import Architecture, Group, Heads, Site, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import WeightQuantizer, WeightQuantizerFactory
@@ -58,8 +59,10 @@ class AttachedBlock(nn.Module):
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
         """The quantized block's answer, (batch, length, hidden) → the same."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            tensors = self.effective(hidden.dtype)
+        kind = hidden.device.type
+        used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            tensors = self.effective(hidden.dtype, used)
         return answer(lambda x, **others: functional_call(self.block, tensors, (x,), others), hidden, arguments)
 
     @torch.no_grad()
@@ -69,21 +72,49 @@ class AttachedBlock(nn.Module):
         tensors = {name: tensor.to(dtype) for name, tensor in self.effective(torch.float64).items()}
         return lambda hidden, **arguments: functional_call(self.block, tensors, (hidden,), arguments)
 
-    def effective(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Parameters of the transformed and fake-quantized block, by name; differentiable."""
-        folded, maps = self.folded(dtype)
-        rounded = {
-            name: self.quantizers[_key(name)](tensor) if _key(name) in self.quantizers else tensor
-            for name, tensor in folded.items()
-        }
-        return add_shift_biases(folded, rounded, self.architecture.sites, maps, self.moved)
+    def effective(self, dtype: torch.dtype, used: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Parameters of the transformed and fake-quantized block, by name; differentiable.
 
-    def folded(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Map]]:
-        """Parameters of the transformed block before rounding, those of online products included, and the maps."""
+        Args:
+            dtype: in which they are computed.
+            used: of the weights handed out, where linears will read them in another; None: the same.
+        """
+        linear = {name for name, weight in self.block.named_parameters() if weight.ndim == 2}
+        folded, maps = self.folded(dtype, {name for name in linear if _key(name) in self.quantizers})
+        directions = shift_directions(folded, self.architecture.sites, maps, self.moved)
+        tensors, gains = {}, {}
+        for name, tensor in folded.items():
+            if isinstance(tensor, Scaled):
+                tensors[name], gain = fake_quantize(self._request(name, tensor, directions, dtype, used or dtype))
+                if name in directions:
+                    gains[name] = gain
+            else:
+                tensors[name] = self.quantizers[_key(name)](tensor) if _key(name) in self.quantizers else tensor
+        for name, (direction, whole) in directions.items():
+            if whole and name not in gains:  # a weight that is not rounded
+                gains[name] = folded[name] @ direction
+        return add_biases(tensors, gains)
+
+    def _request(
+        self, name: str, weight: Scaled, directions: Mapping, dtype: torch.dtype, used: torch.dtype
+    ) -> Request:
+        quantizer = self.quantizers[_key(name)]
+        low, high = (fraction.to(dtype) for fraction in quantizer.fractions())  # (out, groups) each
+        direction, whole = directions.get(name, (None, False))
+        return Request(
+            weight.value, weight.rows, weight.columns, low, high, direction, quantizer.offset,
+            quantizer.grid, quantizer.storage, rounding_only=not whole, dtype=used,
+        )  # fmt: skip
+
+    def folded(
+        self, dtype: torch.dtype, kept: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor | Scaled], dict[str, Map]]:
+        """Parameters of the transformed block before rounding, those of online products included, and the maps; the
+        scales of weights ``kept`` are apart."""
         maps = {name: transform(dtype) for name, transform in self.transforms.items()}
         own = {name: tensor for name, tensor in self.block.named_parameters() if not carrier(name)}
         tensors = {name: tensor.to(dtype) for name, tensor in own.items()}
-        folded = fold(tensors, self.architecture, self.heads, maps, self.moved)
+        folded = fold(tensors, self.architecture, self.heads, maps, self.moved, kept)
         for site, module in self.carriers.items():
             for position, product in enumerate(maps[site].online):
                 folded |= {online_name(module, position, name): tensor for name, tensor in product.items()}
@@ -161,7 +192,12 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
         name: tensor.dequantize(torch.float64) if isinstance(tensor, QTensor) else tensor
         for name, tensor in merged.items()
     }
-    values = add_shift_biases(folded, values, attached.architecture.sites, maps, attached.moved)
+    directions = shift_directions(folded, attached.architecture.sites, maps, attached.moved)
+    gains = {
+        name: (folded[name] if whole else folded[name] - values[name]) @ direction
+        for name, (direction, whole) in directions.items()
+    }
+    values = add_biases(values, gains)
     for together in attached.architecture.bias_switches.values():
         if any(f"{name}.bias" in values or name in biased for name in together):
             for name in together:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,11 +13,45 @@ from aq_lightning.transforms import Map
 Tensors = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A weight ``diag(rows) · value · diag(columns)`` whose scales are kept apart, for who multiplies and rounds at
+    once."""
+
+    value: Tensor
+    """(out, in)."""
+    rows: Tensor | None = None
+    """(out); None: ones."""
+    columns: Tensor | None = None
+    """(in); None: ones."""
+
+    def read_through(self, each: Map) -> Scaled:
+        """The weight of a linear that reads what ``each`` transforms."""
+        if each.diagonal:
+            ones = self.value.new_ones(self.value.shape[1]) if self.columns is None else self.columns
+            return Scaled(self.value, self.rows, each.transpose(ones))
+        value = self.value if self.columns is None else self.value * self.columns
+        return Scaled(each.transpose(value), self.rows)
+
+    def written_through(self, member: Member, direction: Callable[[Tensor], Tensor], diagonal: bool) -> Scaled:
+        """The weight of a linear whose outputs, or those of one part of it, are transformed."""
+        if diagonal:
+            ones = self.value.new_ones(self.value.shape[0]) if self.rows is None else self.rows
+            return Scaled(self.value, member.write(ones, direction(member.read(ones))), self.columns)
+        value = self.value if self.rows is None else self.value * self.rows[:, None]
+        return Scaled(member.write(value, direction(member.read(value).T).T), None, self.columns)
+
+
 def fold(
-    tensors: Tensors, architecture: Architecture, heads: Heads, maps: Mapping[str, Map], moved: Collection[str]
-) -> dict[str, Tensor]:
+    tensors: Tensors,
+    architecture: Architecture,
+    heads: Heads,
+    maps: Mapping[str, Map],
+    moved: Collection[str],
+    kept: Collection[str] = (),
+) -> dict[str, Tensor | Scaled]:
     """Folds every map into the tensors around its site, but for the online part of its inverse, which has tensors of
-    its own; biases of shifts follow in :func:`add_shift_biases`.
+    its own; biases of shifts follow: see :func:`shift_directions`.
 
     Args:
         tensors: a block's parameters by name, all in one dtype.
@@ -24,69 +59,74 @@ def fold(
         heads: of the model.
         maps: site name → its map; sites without one are left alone.
         moved: names of the sites whose producer really subtracts the shift.
+        kept: weights (out, in) of linears whose scales are to be kept apart.
 
     Returns:
         New tensors; those that no site touches are the given ones.
     """
-    folded = dict(tensors)
+    folded = {name: Scaled(tensor) if name in kept else tensor for name, tensor in tensors.items()}
     for site in (site for site in architecture.sites if site.name in maps):
         each, offset = maps[site.name], architecture.gain_offset
         producer = architecture.member(site.producer, heads)
-        _over_outputs(
-            folded,
-            producer,
-            each.inverse if each.folded is None else each.folded,
-            offset,
-            each.shift if site.name in moved else None,
-        )
+        outward = each if each.folded is None else each._replace(inverse=each.folded)
+        _over_outputs(folded, producer, outward, outward.inverse, offset, site.name in moved)
         if site.dual:
-            _over_outputs(folded, architecture.member(site.dual, heads), each.transpose, offset)
+            _over_outputs(folded, architecture.member(site.dual, heads), each, each.transpose, offset)
         for consumer in site.consumers:
             name = architecture.member(consumer, heads).weight
-            folded[name] = site.from_columns(each.transpose(site.columns(folded[name])), folded[name])
+            weight = folded[name]
+            folded[name] = (
+                weight.read_through(each)
+                if isinstance(weight, Scaled)
+                else site.from_columns(each.transpose(site.columns(weight)), weight)
+            )
     return folded
 
 
-def add_shift_biases(
-    folded: Tensors, rounded: Tensors, sites: Iterable[Site], maps: Mapping[str, Map], moved: Collection[str]
-) -> dict[str, Tensor]:
-    """Biases that make every shift exact.
+def shift_directions(
+    tensors: Mapping[str, Tensor | Scaled], sites: Iterable[Site], maps: Mapping[str, Map], moved: Collection[str]
+) -> dict[str, tuple[Tensor, bool]]:
+    """What makes every shift exact: weights of consumers by name → ``δ A⁻¹``, and whether the weight itself meets it.
 
-    Where the producer subtracts δ, consumers gain ``W' δ A⁻¹``. Elsewhere only the rounding error meets δ:
-    they gain ``(W' − Ŵ') δ A⁻¹``.
-
-    Args:
-        folded: result of :func:`fold`.
-        rounded: the same tensors with the weights fake-quantized.
-        sites, maps, moved: as in :func:`fold`.
-
-    Returns:
-        ``rounded`` with the biases in place.
+    Where the producer subtracts δ, a consumer's bias gains ``W' δ A⁻¹``. Elsewhere only the rounding error meets δ: it
+    gains ``(W' − Ŵ') δ A⁻¹``. :func:`add_biases` adds both.
     """
-    result = dict(rounded)
+    directions = {}
     for site in (site for site in sites if site.name in maps and maps[site.name].shift is not None):
         each = maps[site.name]
-        for consumer in site.consumers:
-            weight = folded[f"{consumer}.weight"]  # (out, in)
-            acting = weight if site.name in moved else weight - rounded[f"{consumer}.weight"]
-            gain = acting @ each.inverse(each.shift(weight.shape[1]))
-            bias = f"{consumer}.bias"
-            result[bias] = result[bias] + gain if bias in result else gain
+        for name in (f"{consumer}.weight" for consumer in site.consumers):
+            weight = tensors[name].value if isinstance(tensors[name], Scaled) else tensors[name]
+            directions[name] = each.inverse(each.shift(weight.shape[1])), site.name in moved
+    return directions
+
+
+def add_biases(tensors: Tensors, gains: Tensors) -> dict[str, Tensor]:
+    """Adds gains, named after weights, to the biases beside these, which appear where there was none."""
+    result = dict(tensors)
+    for name, gain in gains.items():
+        bias = f"{name.removesuffix('weight')}bias"
+        result[bias] = result[bias] + gain if bias in result else gain
     return result
 
 
 def _over_outputs(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor | Scaled],
     member: Member,
+    each: Map,
     direction: Callable[[Tensor], Tensor],
     gain_offset: float,
-    shift: Callable[[int], Tensor] | None = None,
+    shifted: bool = False,
 ) -> None:
     """Applies a map to what a norm's gain (channels) or a linear's weight (out, in) produces, and to its bias."""
     weight = tensors[member.weight]
-    own = member.read(weight)
-    changed = direction(own + gain_offset) - gain_offset if own.ndim == 1 else direction(own.T).T
-    tensors[member.weight] = member.write(weight, changed)
+    if isinstance(weight, Scaled):
+        tensors[member.weight] = weight.written_through(member, direction, each.diagonal)
+        weight = weight.value
+    else:
+        own = member.read(weight)
+        changed = direction(own + gain_offset) - gain_offset if own.ndim == 1 else direction(own.T).T
+        tensors[member.weight] = member.write(weight, changed)
+    shift = each.shift if shifted else None
     if shift is None and member.bias not in tensors:
         return
     bias = tensors.get(member.bias, weight.new_zeros(weight.shape[0]))

@@ -40,6 +40,8 @@ class Map(NamedTuple):
     """The part of ``inverse`` that acts on whatever produces x; None: all of it."""
     online: tuple[Mapping[str, Tensor], ...] = ()
     """Tensors of the operations that are the rest of ``inverse``, in order."""
+    diagonal: bool = False
+    """Whether A only scales channels: both directions then act on a vector of scales as on any row."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Transform(nn.Module):
         transpose = _chain([each.transpose for each in maps])
         folded = _chain([each.inverse for each in maps if not each.online])
         online = tuple(tensors for each in maps for tensors in each.online)
-        return Map(inverse, transpose, maps[0].shift if maps else None, folded, online)
+        diagonal = all(each.diagonal for each in maps)
+        return Map(inverse, transpose, maps[0].shift if maps else None, folded, online, diagonal)
 
     def online(self) -> list[Factor]:
         """The factors that act at run time."""

@@ -46,7 +46,7 @@ class Diagonal(Factor):
     def forward(self, dtype: torch.dtype) -> Map:
         scale = self.log_scale.exp()[:, None].to(dtype)  # (blocks, 1, size)
         split, join = self.shape.split, self.shape.join
-        return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale))
+        return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale), diagonal=True)
 
     def condition(self) -> Tensor:
         return (self.log_scale.detach().amax(1) - self.log_scale.detach().amin(1)).exp().max()

@@ -37,7 +37,7 @@ class PairScale(Factor):
         radius = self.log_radius.exp()  # (blocks, pairs + free)
         scale = torch.cat([radius[:, : self.pairs], radius], dim=1)[:, None].to(dtype)  # (blocks, 1, size)
         split, join = self.shape.split, self.shape.join
-        return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale))
+        return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale), diagonal=True)
 
     def condition(self) -> Tensor:
         return (self.log_radius.detach().amax(1) - self.log_radius.detach().amin(1)).exp().max()

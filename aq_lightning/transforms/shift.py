@@ -38,7 +38,7 @@ class Shift(Factor):
             self.delta.data.copy_((statistics.low + statistics.high) / 2)
 
     def forward(self, dtype: torch.dtype) -> Map:
-        return Map(lambda x: x, lambda w: w, lambda channels: self._over(channels).to(dtype))
+        return Map(lambda x: x, lambda w: w, lambda channels: self._over(channels).to(dtype), diagonal=True)
 
     def _over(self, channels: int) -> Tensor:
         """δ repeated for each member of the query group, (channels)."""

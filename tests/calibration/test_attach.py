@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from aq_lightning.calibration import AttachedBlock, adapt, attach, merge
 from aq_lightning.calibration.attach import gained_biases, install, site_shape
 from aq_lightning.errors import RequestError
+from aq_lightning.kernels import fake_quantize
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.sites import Heads, SiteShape
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import LearnedClipping, MinMax, quantized_activations
+from aq_lightning.quantizers import LearnedClipping, LearnedRounding, MinMax, quantized_activations
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 from aq_lightning.transforms.online import carried, carrier
@@ -32,10 +34,12 @@ EVERYTHING = {
 SCHEMES = ["w4a16", "w3a16g32", "w4a4", "w4a16g32sym", "w2a16g16", "w8a8"]
 
 
-def attached_block(scheme: str, storage: torch.dtype = torch.float16, transforms=EVERYTHING) -> AttachedBlock:
+def attached_block(
+    scheme: str, storage: torch.dtype = torch.float16, transforms=EVERYTHING, quantizer=LearnedClipping
+) -> AttachedBlock:
     """With random parameters, far from where they start."""
     block = tiny_llama().model.layers[0]
-    attached = attach(block, SPEC, HEADS, transforms, LearnedClipping, Scheme.parse(scheme), storage)
+    attached = attach(block, SPEC, HEADS, transforms, quantizer, Scheme.parse(scheme), storage)
     for name, parameter in attached.named_parameters():
         if parameter.requires_grad:
             noise = torch.randn_like(parameter)
@@ -49,6 +53,27 @@ def attached_block(scheme: str, storage: torch.dtype = torch.float16, transforms
 def inputs() -> tuple[Tensor, dict]:
     hidden = torch.randn(2, 16, 64)
     return hidden, {"position_embeddings": tiny_llama().model.rotary_emb(hidden, torch.arange(16)[None])}
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w3a16g32", "w4a4", "w4a8g16sym"])
+@pytest.mark.parametrize("quantizer", [LearnedClipping, LearnedRounding])
+def test_the_kernel_gives_what_the_plain_path_gives(scheme: str, quantizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the block and every gradient, in float32; a weight on an edge of the grid may fall either way."""
+    attached = attached_block(scheme, quantizer=quantizer)
+    cotangents = {name: torch.randn_like(tensor) for name, tensor in attached.effective(torch.float32).items()}
+    parameters = [parameter for parameter in attached.parameters() if parameter.requires_grad]
+    found = []
+    for path in (fake_quantize.naive.fake_quantize, fake_quantize.fused):
+        monkeypatch.setattr(sys.modules[AttachedBlock.__module__], "fake_quantize", path)
+        tensors = attached.effective(torch.float32)
+        loss = sum((tensors[name] * cotangent).sum() for name, cotangent in cotangents.items())
+        found.append((tensors, torch.autograd.grad(loss, parameters)))
+    (plain, wanted), (fused, got) = found
+    for name, tensor in plain.items():
+        assert_close(name, tensor, fused[name], 1e-2)
+        assert ((tensor - fused[name]).abs() > 1e-5 * tensor.abs().max()).float().mean() < 1e-2, name
+    for tensor, other in zip(wanted, got, strict=True):
+        assert_close("gradient", tensor, other, 3e-2)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ def fake_quantize(request: Request) -> tuple[Tensor, Tensor]:
 def fused(request: Request) -> tuple[Tensor, Tensor]:
     """:func:`fake_quantize` by the kernel, whatever the device."""
     *tensors, grid, storage, rounding_only, dtype = request
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]  # as the kernel walks them
     return _operator(*tensors, grid.bits, grid.symmetric, storage, rounding_only, dtype)
 
 
