@@ -73,7 +73,7 @@ def quantize(job: Job, windows: Tensor) -> None:
         target = recipe.objective.target(full, live.run(streams.quantized) if recipe.objective.same_input else None)
         with quantized_activations(live.blocks, recipe.scheme.activation):
             if not job.journal.finished(indices.start):
-                calibrate(job, live, position, activations, streams.quantized, target)
+                calibrate(job, live, position, activations, streams, target)
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
             streams = Streams(full=full, quantized=live.run(streams.quantized))
@@ -83,7 +83,7 @@ def quantize(job: Job, windows: Tensor) -> None:
 
 
 def calibrate(
-    job: Job, live: LiveWindow, position: Position, activations: Sequence[Ranges], inputs: Tensor, target: Tensor
+    job: Job, live: LiveWindow, position: Position, activations: Sequence[Ranges], streams: Streams, target: Tensor
 ) -> None:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
@@ -92,12 +92,12 @@ def calibrate(
         live: the window's blocks.
         position: where they stand.
         activations: ranges observed at each block's sites.
-        inputs: the quantized stream, (samples, length, hidden).
+        streams: what enters the window, (samples, length, hidden) each.
         target: what to answer, same shape.
     """
     began = time.monotonic()
     reset_peak_memory(job.device)
-    scratch = job.journal.scratch(position.index)
+    scratch, inputs = job.journal.scratch(position.index), streams.quantized
     result = fit(
         live,
         position,
@@ -108,7 +108,8 @@ def calibrate(
     )
     if result.outcome != "trained":
         save_trained(result.module, scratch)
-    merged = live.merge(result.module.blocks)
+    codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
+    merged = live.merge(result.module.blocks, codes)
     metrics = {
         "block": position.index,
         "outcome": result.outcome,
@@ -117,6 +118,7 @@ def calibrate(
         "candidates": {outcome: loss for outcome, loss in result.losses.items() if math.isfinite(loss)},
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
+        **({} if rounder_loss is None else {"rounder_loss": rounder_loss}),
         "loss": live.loss(live.blocks, inputs, target),
         "condition": result.module.conditions(),
         "effective_bits": effective_bits(merged),

@@ -345,3 +345,17 @@ def test_learned_rounding_end_to_end(fit: Fit, tmp_path: Path, config: str, sche
     learnt = load_file(run / "blocks/0000/transforms.safetensors")
     assert learnt and not [name for name in learnt if name.endswith("offset")]
     assert answer(run / "checkpoint").isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
+def test_gptq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
+    """Each block, and the model, lose less than with the nearest codes on the same grid."""
+    run = fit(scheme, tmp_path / "run", config="gptq.yaml")
+    for block in metrics(run):
+        assert block["loss"] < 0.9 * block["rtn_loss"]
+        assert block["loss"] == pytest.approx(block["rounder_loss"], rel=0.02)
+    found = load_file(run / "blocks/0000/weights.safetensors")
+    nearest = load_file(fit(scheme, tmp_path / "rtn", config="rtn.yaml") / "blocks/0000/weights.safetensors")
+    same = {name: torch.equal(tensor, nearest[name]) for name, tensor in found.items()}
+    assert not any(equal for name, equal in same.items() if name.endswith("weight_packed")), "other codes"
+    assert all(equal for name, equal in same.items() if not name.endswith("weight_packed")), "on the same grid"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,12 @@ def attach(
 
 
 @torch.no_grad()
-def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str] = ()) -> dict[str, QTensor | Tensor]:
+def merge(
+    attached: AttachedBlock,
+    storage: torch.dtype,
+    biased: Collection[str] = (),
+    codes: Mapping[str, QTensor] = MappingProxyType({}),
+) -> dict[str, QTensor | Tensor]:
     """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will; its modules
     carry the products of online factors.
 
@@ -148,6 +154,7 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
         attached: a block after training.
         storage: dtype of everything that is not an integer.
         biased: linears to which the model's configuration will give a bias: zeros where there is none.
+        codes: weights that a rounder has rounded; the quantizers round the others.
 
     Returns:
         The block's tensors by name: quantized weights as :class:`QTensor`, all others in ``storage``.
@@ -156,7 +163,9 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
     merged: dict[str, QTensor | Tensor] = {
         name: attached.quantizers[_key(name)].quantize(tensor) if _key(name) in attached.quantizers else tensor
         for name, tensor in folded.items()
+        if name not in codes
     }
+    merged |= codes
     values = {
         name: tensor.dequantize(torch.float64) if isinstance(tensor, QTensor) else tensor
         for name, tensor in merged.items()
