@@ -348,6 +348,15 @@ def test_learned_rounding_end_to_end(fit: Fit, tmp_path: Path, config: str, sche
 
 
 @pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
+def test_awq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
+    run = fit(scheme, tmp_path / "run", "--trainer.max_epochs=0", config="awq.yaml")
+    for block in metrics(run):
+        assert block["outcome"] != "nearest" and block["loss"] < 0.95 * block["rtn_loss"]
+        assert set(block["condition"]) == {"attention_input", "value_output", "mlp_input", "mlp_hidden"}
+    assert answer(run / "checkpoint").isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
 def test_gptq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
     """Each block, and the model, lose less than with the nearest codes on the same grid."""
     run = fit(scheme, tmp_path / "run", config="gptq.yaml")

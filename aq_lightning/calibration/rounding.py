@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from aq_lightning.calibration.call import Arguments, BlockFunction
 from aq_lightning.calibration.fold import add_shift_biases
 from aq_lightning.calibration.read import MomentSums, looking, read_together
 from aq_lightning.calibration.streams import Streams, run
+from aq_lightning.models.sites import Site
 from aq_lightning.qtensor import QTensor
 from aq_lightning.rounders import Moments, Rounder
 
@@ -102,6 +103,46 @@ class FoldedBlock:
                 each = self.maps[site.name]
                 centre = each.inverse(each.shift(weight.shape[-1]))
         return MomentSums(weight.shape[0] if weight.ndim == 3 else 1, centre, asymmetric)
+
+
+@torch.no_grad()
+def choose_scales(attached: AttachedBlock, passes: Passes, stream: Tensor) -> None:
+    """Lets every factor that searches its start do so, site after site.
+
+    The error of a site is the mean square of what rounding the weights of its consumers, to their whole ranges or as
+    their quantizers start, does to their answers. (AWQ's release looks at the answer of attention as a whole instead.)
+
+    Args:
+        attached: the block.
+        passes: how streams pass through it.
+        stream: what enters it, (samples, length, hidden).
+    """
+    for site in (site for site in attached.architecture.sites if site.consumers):
+        factors = attached.transforms[site.name].factors if site.name in attached.transforms else ()
+        for factor in (each for each in factors if each.searches):
+            factor.search(_site_error(attached, passes, stream, site))
+
+
+def _site_error(attached: AttachedBlock, passes: Passes, stream: Tensor, site: Site) -> Callable[[], float]:
+    """The error of a site's consumers at whatever its transform is when it is called."""
+    block = FoldedBlock(attached, passes)
+    members = [attached.architecture.member(name, attached.heads).weight for name in site.consumers]
+    read = {
+        name: block.moments([name], {}, Streams(stream, stream))[name] for name in members if name in block.quantizers
+    }
+    before = block.maps[site.name]
+
+    def error() -> float:
+        folded, maps = attached.folded(torch.float64)
+        total = 0.0
+        for name, moments in read.items():
+            off = folded[name] - block.quantizers[name](folded[name])  # (out, in) or (experts, out, in)
+            columns = before.transpose(maps[site.name].inverse(site.columns(off)))  # in the coordinates of moments
+            parts = site.from_columns(columns, off).flatten(0, -2).chunk(len(moments))
+            total += sum(float(((part @ m.second) * part).sum()) for part, m in zip(parts, moments, strict=True))
+        return total
+
+    return error
 
 
 @torch.no_grad()

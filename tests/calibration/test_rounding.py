@@ -10,15 +10,17 @@ from helpers import assert_close, tiny_llama
 from tiny import called, tiny
 from torch import Tensor
 
-from aq_lightning.calibration import attach, merge
-from aq_lightning.calibration.rounding import FoldedBlock, Passes, choose_ranges, rounded
+from aq_lightning.calibration import attach, merge, observed
+from aq_lightning.calibration.observe import initialize
+from aq_lightning.calibration.rounding import FoldedBlock, Passes, choose_ranges, choose_scales, rounded
 from aq_lightning.calibration.streams import Streams
+from aq_lightning.errors import RequestError
 from aq_lightning.models.llama import SPEC
-from aq_lightning.models.sites import Heads
+from aq_lightning.models.sites import Heads, SiteShape
 from aq_lightning.quantizers import GridSearch, LearnedClipping, MinMax, SearchedRange, quantized_activations
 from aq_lightning.rounders import GPTQ, CoordinateDescent, Moments, Nearest, Rounder
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
+from aq_lightning.transforms import ActivationAware, Affine, Diagonal, RopePair, Shift
 
 HEADS = Heads(query=4, key_value=2, size=16, rotary=16)
 FOLDING = {
@@ -192,3 +194,43 @@ def test_experts_are_rounded_each_for_its_own_tokens(name: str) -> None:
 
     only = {key: codes[key] if key in order[-2:] else nearest[key] for key in order}
     assert loss(codes) < loss(nearest) and loss(only) < loss(nearest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention_input", "value_output", "mlp_input", "mlp_hidden"])
+def test_activation_aware_scales_are_awqs(name: str) -> None:
+    """Of its 20 candidates, made from mean |x| by the formula, the one whose linears answer best after rounding."""
+    site = next(site for site in SPEC.sites if site.name == name)
+    block, streams = folded_block("w2a16g32", {name: [ActivationAware]})
+    attached, stream = block.attached, streams.quantized
+    attached.transforms[name].factors[0].diagonal.log_scale.data.zero_()
+    recorded: list[Tensor] = []
+    hook = attached.block.get_submodule(site.consumers[0]).register_forward_pre_hook(
+        lambda _, inputs: recorded.append(inputs[0].flatten(0, 1))
+    )
+    with observed([attached.block], SPEC.sites) as ranges:
+        block.passes.run(attached.block, stream)
+    hook.remove()
+    initialize(attached, ranges[0])
+    choose_scales(attached, block.passes, stream)
+
+    x, heads = torch.cat(recorded).double(), HEADS.key_value if site.per_head else 1
+    magnitude = x.abs().mean(0).unflatten(0, (heads, -1))  # (heads, group · size): a group shares its scale
+    magnitude = magnitude.unflatten(1, (-1, 16 if site.per_head else x.shape[1])).mean(1)
+    weights = [attached.block.get_submodule(consumer).weight.double() for consumer in site.consumers]
+    candidates, errors = [], []
+    for exponent in range(20):
+        scale = (magnitude ** (exponent / 20)).clamp(min=1e-4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        wide = scale[:, None].expand(-1, x.shape[1] // scale.numel(), -1).flatten()  # (channels)
+        rounded = [MinMax(Scheme.parse("w2a16g32").weight, w.shape, torch.float16)(w * wide) / wide for w in weights]
+        candidates.append(scale)
+        errors.append(sum(float((x @ (w - r).T).square().sum()) for w, r in zip(weights, rounded, strict=True)))
+    assert min(errors) < 0.99 * errors[0], "some scale must help"
+    found = attached.transforms[name].factors[0].diagonal.log_scale.exp()
+    assert_close("scale", candidates[errors.index(min(errors))], found, 1e-9)
+
+
+def test_activation_aware_needs_a_candidate() -> None:
+    with pytest.raises(RequestError, match="1 or more, got 0"):
+        ActivationAware(SiteShape(1, 4), steps=0)
