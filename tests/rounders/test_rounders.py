@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
@@ -67,6 +69,21 @@ def test_gptq_is_the_papers_algorithm(grid: Grid, act_order: bool) -> None:
     found = GPTQ(act_order=act_order, block=7).round(weight, start, seen)
     assert torch.equal(found.codes, slow_gptq(weight, start, seen.second, act_order))
     assert found.scale is start.scale and found.zero is start.zero and found.codes.dtype == torch.uint8
+
+
+GOLDEN = load_file(Path(__file__).with_name("llmcompressor.safetensors"))
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN.keys() - {"weight", "second"}))
+def test_gptqs_codes_are_llm_compressors(name: str) -> None:
+    """Of version 0.14 on the same grid, from benchmarks/golden_gptq.py: bits, group size, symmetry and act-order."""
+    bits, size, symmetric, act_order = name.split()
+    grid = Grid(int(bits), None if size == "None" else int(size), symmetric == "True")
+    weight = GOLDEN["weight"].double()
+    start = MinMax(grid, tuple(weight.shape), torch.float32).quantize(weight)
+    found = GPTQ(act_order=act_order == "True").round(weight, start, Moments(GOLDEN["second"].double()))
+    assert torch.equal(found.codes, GOLDEN[name])
+    assert (found.codes != start.codes).double().mean() > 0.25, "not the nearest"
 
 
 def slow_gptaq(weight: Tensor, start: QTensor, seen: Moments, asymmetry: float) -> Tensor:
