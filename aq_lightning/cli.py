@@ -20,7 +20,7 @@ from aq_lightning.comparison import Comparison
 from aq_lightning.data import TokenWindows
 from aq_lightning.doctor import examine
 from aq_lightning.errors import RequestError
-from aq_lightning.evaluation import Row, overhead_lines, render
+from aq_lightning.evaluation import Row, check_reference, overhead_lines, render
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
     EMBEDDED,
@@ -116,6 +116,8 @@ class CommandLine(LightningCLI):
             )
         run = RunDirectory.check(Path(self._section.out), configuration)
         if run.results is None:
+            for kind in model.references:
+                check_reference(kind, self.trainer.strategy.root_device)
             _check(model, datamodule)
             pretrained = load(model.pretrained, model.trust_remote_code)
             run.create(configuration)
@@ -148,6 +150,7 @@ class CommandLine(LightningCLI):
         loggers = self._loggers(run.path)
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
         rows = comparison.baselines(pretrained, model.recipe.scheme)
+        rows += comparison.references(pretrained, model.references)
         job = Job(
             pretrained,
             model.recipe,
@@ -228,6 +231,8 @@ def _check(model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    if architecture.experts and model.references:
+        raise RequestError("References stand for linears alone, got a model with experts: leave out model.references.")
     if architecture.experts and not scheme.weight.symmetric:
         print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))

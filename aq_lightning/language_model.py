@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -47,6 +47,7 @@ class QuantizedLanguageModel(LightningModule):
             the cost of a copy of all trained parameters.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
             the better kept; otherwise its first epoch stands for the diagonal solution.
+        references: formats of bitsandbytes, ``nf4`` and ``int8``, whose rows `fit` adds to its table for comparison.
         trust_remote_code: whether code from the hub may run.
     """
 
@@ -69,6 +70,7 @@ class QuantizedLanguageModel(LightningModule):
         layout: Layout = "padded",
         keep_best: bool = False,
         diagonal_guard: bool = False,
+        references: list[Literal["nf4", "int8"]] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -78,6 +80,7 @@ class QuantizedLanguageModel(LightningModule):
             )
         self.pretrained = pretrained
         self.trust_remote_code = trust_remote_code
+        self.references = references or []
         self.adapt = adapt
         self.recipe = Recipe(
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,

@@ -368,3 +368,8 @@ def test_gptq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
     same = {name: torch.equal(tensor, nearest[name]) for name, tensor in found.items()}
     assert not any(equal for name, equal in same.items() if name.endswith("weight_packed")), "other codes"
     assert all(equal for name, equal in same.items() if not name.endswith("weight_packed")), "on the same grid"
+
+
+def test_references_are_rows_of_the_table(fit: Fit, tmp_path: Path) -> None:
+    run = fit("w4a16", tmp_path / "run", "--model.references=[nf4,int8]", config="rtn.yaml")
+    assert list(rows(run)) == ["full precision", "round to nearest", "bitsandbytes nf4", "bitsandbytes int8", "rtn"]
