@@ -373,3 +373,11 @@ def test_gptq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
 def test_references_are_rows_of_the_table(fit: Fit, tmp_path: Path) -> None:
     run = fit("w4a16", tmp_path / "run", "--model.references=[nf4,int8]", config="rtn.yaml")
     assert list(rows(run)) == ["full precision", "round to nearest", "bitsandbytes nf4", "bitsandbytes int8", "rtn"]
+
+
+@pytest.mark.filterwarnings("ignore:block .*condition number")
+def test_the_papers_settings_end_to_end(fit: Fit, tmp_path: Path) -> None:
+    run = fit("w4a4", tmp_path / "run", "--trainer.max_epochs=3", config="affinequant-paper.yaml")
+    learnt = load_file(run / "blocks/0000/transforms.safetensors")
+    assert learnt["0.transforms.value_output.factors.2.mask"][0, -1] == pytest.approx(0.1)
+    assert all(block["loss"] < 0.9 * block["rtn_loss"] for block in metrics(run))
