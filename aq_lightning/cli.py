@@ -21,7 +21,7 @@ from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import DiskUse, check_space, disk_use
 from aq_lightning.errors import Interrupted, ParityError, RequestError
-from aq_lightning.evaluation import Row, overhead_lines, render
+from aq_lightning.evaluation import Row, check_reference, overhead_lines, render
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
@@ -141,6 +141,8 @@ class CommandLine(LightningCLI):
         if run.results is not None:
             print(f"{run.path} is finished: nothing is left to do.")
         else:
+            for kind in model.references:
+                check_reference(kind, self.trainer.strategy.root_device)
             self._calibrate(model, datamodule, run, guards)
         print(render([Row(**row) for row in run.results["rows"]]))
         blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
@@ -199,7 +201,9 @@ class CommandLine(LightningCLI):
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
 
         def baselines() -> dict[str, object]:
-            return {"rows": [row.as_dict() for row in comparison.baselines(pretrained, model.recipe.scheme)]}
+            rows = comparison.baselines(pretrained, model.recipe.scheme)
+            rows += comparison.references(pretrained, model.references)
+            return {"rows": [row.as_dict() for row in rows]}
 
         rows = run.remembered("baselines", baselines)["rows"]
         job = Job(
@@ -268,6 +272,8 @@ def _check(
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    if architecture.experts and model.references:
+        raise RequestError("References stand for linears alone, got a model with experts: leave out model.references.")
     if architecture.experts and not scheme.weight.symmetric:
         print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))

@@ -12,7 +12,15 @@ from torch.utils.data import DataLoader
 
 from aq_lightning.calibration import rounded_to_nearest
 from aq_lightning.calibration.attach import weights
-from aq_lightning.evaluation import PerplexityTest, Row, effective_bits, overhead
+from aq_lightning.evaluation import (
+    PerplexityTest,
+    Reference,
+    Row,
+    effective_bits,
+    overhead,
+    reference_bits,
+    replaced,
+)
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.loading import Pretrained
@@ -44,6 +52,16 @@ class Comparison:
         ):
             nearest = self._perplexity(pretrained.model)
         return [full, Row("round to nearest", nearest, nearest_bits(blocks, scheme.weight, storage))]
+
+    def references(self, pretrained: Pretrained, kinds: Iterable[Reference]) -> list[Row]:
+        """A loaded model in the formats of bitsandbytes; its linears come back as they were."""
+        device, blocks, rows = self.trainer().strategy.root_device, list(pretrained.blocks), []
+        for kind in kinds:
+            linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+            bits = reference_bits(linears, kind)
+            with replaced(blocks, kind, device):
+                rows.append(Row(f"bitsandbytes {kind}", self._perplexity(pretrained.model), bits))
+        return rows
 
     def checkpoint(self, pretrained: str, name: str, trust_remote_code: bool = False) -> Row:
         """Any model by its directory or id, quantized or not, read from its files."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,7 @@ from aq_lightning.models.sites import SiteShape
 from aq_lightning.objectives import BlockMSE, Objective
 from aq_lightning.quantizers import MinMax, WeightQuantizer
 from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
+from aq_lightning.rounders import Nearest, Rounder
 from aq_lightning.scheme import Grid, Scheme
 from aq_lightning.transforms import Factor
 
@@ -30,6 +31,7 @@ class QuantizedLanguageModel(LightningModule):
         adapt: whether factors that do not fold in the model's architecture are left out, and named before the run;
             otherwise the first of them is refused.
         weight_quantizer: range rule of every weight.
+        rounder: who chooses the codes when a block is rounded for good; the weight quantizer itself unless named.
         objective: what a block is fitted to.
         optimizer: optimizer of the trainable parameters.
         learning_rates: step sizes by kind of parameter; 0 trains nothing.
@@ -47,6 +49,7 @@ class QuantizedLanguageModel(LightningModule):
             the cost of a copy of all trained parameters.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
             the better kept; otherwise its first epoch stands for the diagonal solution.
+        references: formats of bitsandbytes, ``nf4`` and ``int8``, whose rows `fit` adds to its table for comparison.
         trust_remote_code: whether code from the hub may run.
     """
 
@@ -57,6 +60,7 @@ class QuantizedLanguageModel(LightningModule):
         transforms: dict[str, list[Callable[[SiteShape], Factor]]] | None = None,
         adapt: bool = False,
         weight_quantizer: Callable[[Grid, tuple[int, int], torch.dtype], WeightQuantizer] = MinMax,
+        rounder: Rounder | None = None,
         objective: Objective | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         learning_rates: LearningRates = LearningRates(0.0, 0.0),
@@ -69,6 +73,7 @@ class QuantizedLanguageModel(LightningModule):
         layout: Layout = "padded",
         keep_best: bool = False,
         diagonal_guard: bool = False,
+        references: list[Literal["nf4", "int8"]] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -78,11 +83,13 @@ class QuantizedLanguageModel(LightningModule):
             )
         self.pretrained = pretrained
         self.trust_remote_code = trust_remote_code
+        self.references = references or []
         self.adapt = adapt
         self.recipe = Recipe(
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms=transforms or {},
             weight_quantizer=weight_quantizer,
+            rounder=rounder or Nearest(),
             objective=objective or BlockMSE(),
             optimizer=optimizer,
             learning_rates=learning_rates,

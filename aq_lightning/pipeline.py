@@ -107,7 +107,7 @@ def quantize(job: Job, windows: Tensor) -> None:
             same_input = live.run(streams.quantized) if recipe.objective.same_input else None
             target = recipe.objective.target(full, same_input)
             with quantized_activations(live.blocks, recipe.scheme.activation):
-                calibrate(job, live, position, activations, streams.quantized, target)
+                calibrate(job, live, position, activations, streams, target)
             del target, same_input  # two streams stay between windows
         with quantized_activations(live.blocks, recipe.scheme.activation):
             packed = job.journal.weights(indices.start)
@@ -149,7 +149,7 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
 
 
 def calibrate(
-    job: Job, live: LiveWindow, position: Position, activations: Sequence[Ranges], inputs: Tensor, target: Tensor
+    job: Job, live: LiveWindow, position: Position, activations: Sequence[Ranges], streams: Streams, target: Tensor
 ) -> None:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
@@ -158,12 +158,12 @@ def calibrate(
         live: the window's blocks.
         position: where they stand.
         activations: ranges observed at each block's sites.
-        inputs: the quantized stream, (samples, length, hidden).
+        streams: what enters the window, (samples, length, hidden) each.
         target: what to answer, same shape.
     """
     began = time.monotonic()
     reset_peak_memory(job.device)
-    scratch = job.journal.scratch(position.index)
+    scratch, inputs = job.journal.scratch(position.index), streams.quantized
     inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
     result = fit(
         live,
@@ -175,7 +175,8 @@ def calibrate(
     )
     if result.outcome != "trained":
         save_trained(result.module, scratch)
-    merged = live.merge(result.module.blocks)
+    codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
+    merged = live.merge(result.module.blocks, codes)
     metrics = {
         "block": position.index,
         "outcome": result.outcome,
@@ -184,6 +185,7 @@ def calibrate(
         "candidates": {outcome: loss for outcome, loss in result.losses.items() if math.isfinite(loss)},
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
+        **({} if rounder_loss is None else {"rounder_loss": rounder_loss}),
         "loss": live.loss(live.blocks, inputs, target),
         "condition": result.module.conditions(),
         "effective_bits": effective_bits(merged),

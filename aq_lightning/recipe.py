@@ -14,6 +14,7 @@ from aq_lightning.errors import RequestError
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.objectives import Objective
 from aq_lightning.quantizers import WeightQuantizerFactory
+from aq_lightning.rounders import Rounder
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import FactorFactory
 
@@ -90,6 +91,8 @@ class Recipe:
     """Site name → factors of its transform, in the order they act on activations."""
     weight_quantizer: WeightQuantizerFactory
     """Range rule of every weight."""
+    rounder: Rounder
+    """Who chooses the codes when a window is rounded for good."""
     objective: Objective
     """What a block is fitted to."""
     optimizer: OptimizerFactory
@@ -114,3 +117,10 @@ class Recipe:
     """Whether the parameters of the step whose batch had the least loss are one more candidate."""
     diagonal_guard: bool = False
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""
+
+    def __post_init__(self) -> None:
+        if self.rounder.asymmetric and self.scheme.activation is not None:
+            raise RequestError(
+                f"An asymmetric rounder compares unquantized activations, got scheme {self.scheme}: choose one with "
+                "a16, or GPTQ with asymmetry 0."
+            )

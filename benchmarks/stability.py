@@ -29,6 +29,7 @@ from aq_lightning.models.loading import Pretrained, Source
 from aq_lightning.objectives import BlockMSE
 from aq_lightning.quantizers import LearnedClipping
 from aq_lightning.recipe import LearningRates, Recipe, StreamStorage, WindowPlan
+from aq_lightning.rounders import Nearest
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
 from callbacks import ConditionNumber, GradualMask
@@ -72,6 +73,7 @@ def recipe_of(draw: random.Random, dominance: float | None) -> Recipe:
             "mlp_hidden": [diagonal],
         },
         weight_quantizer=LearnedClipping,
+        rounder=Nearest(),
         objective=BlockMSE(same_input=False),
         optimizer=torch.optim.AdamW,
         learning_rates=LearningRates(10 ** draw.uniform(-4, 1), 10 ** draw.uniform(-4, 1)),
@@ -115,7 +117,7 @@ def trial(seed: int, dominance: float | None) -> str:
         residual = (effective @ torch.linalg.inv(effective) - identity).abs().max()
         assert residual < 1e-8, f"singular: residual {float(residual):.1e}"
         assert dominance is None or float(matrix.margin()) >= 1 - dominance - 1e-9, "not dominant"
-    live.merge(result.module.blocks)
+    live.merge(result.module.blocks, [{} for _ in live.blocks])
     loss = live.loss(live.blocks, stream, target)
     assert math.isfinite(loss), "the merged block is not finite"
     assert loss <= 1.01 * min(result.losses.values()) + 1e-12, "worse than an alternative"

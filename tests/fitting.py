@@ -17,6 +17,7 @@ from aq_lightning.models.loading import Pretrained, Source
 from aq_lightning.objectives import BlockMSE
 from aq_lightning.quantizers import LearnedClipping, quantized_activations
 from aq_lightning.recipe import LearningRates, Recipe, StreamStorage, WindowPlan
+from aq_lightning.rounders import Nearest
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, Shift
 from callbacks import GradualMask
@@ -41,6 +42,7 @@ def fitted(
         "scheme": Scheme.parse("w2a16g32"),
         "transforms": {"value_output": [Diagonal, affine], "mlp_input": [Shift, Diagonal]},
         "weight_quantizer": LearnedClipping,
+        "rounder": Nearest(),
         "objective": BlockMSE(),
         "optimizer": torch.optim.Adam,
         "learning_rates": LearningRates(1e-3, 1e-2),
@@ -71,7 +73,7 @@ def fitted(
         )
         assert live.loss(result.module.blocks, stream, target) == result.losses[result.outcome]
         assert result.losses[result.outcome] == min(result.losses.values())
-        live.merge(result.module.blocks)
+        live.merge(result.module.blocks, [{}])
         merged = live.loss(live.blocks, stream, target)
         slack = (
             1.01 if recipe.scheme.activation is None else 1.1

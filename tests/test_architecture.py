@@ -40,6 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.models",
         "aq_lightning.transforms",
         "aq_lightning.quantizers",
+        "aq_lightning.rounders",
         "aq_lightning.optimizers",
         "aq_lightning.objectives",
         "aq_lightning.kernels",

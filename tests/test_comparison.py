@@ -39,3 +39,14 @@ def test_baselines_leave_the_model_as_it_was(comparison: Comparison, model_direc
     again, _ = comparison.baselines(pretrained, Scheme.parse(scheme))
     assert again == full
     assert comparison.checkpoint(str(model_directory), "same").perplexity == full.perplexity
+
+
+def test_references_leave_the_model_as_it_was(comparison: Comparison, model_directory: Path) -> None:
+    pretrained = load(str(model_directory))
+    before = {name: tensor.clone() for name, tensor in pretrained.model.named_parameters()}
+    nf4, int8 = comparison.references(pretrained, ["nf4", "int8"])
+    full, nearest = comparison.baselines(pretrained, Scheme.parse("w2a16"))
+    assert [nf4.model, int8.model] == ["bitsandbytes nf4", "bitsandbytes int8"] and 4.5 == nf4.bits < 8 < int8.bits
+    assert 0 < abs(int8.perplexity - full.perplexity) < abs(nf4.perplexity - full.perplexity)
+    for name, tensor in pretrained.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name

@@ -352,3 +352,39 @@ def test_learned_rounding_end_to_end(fit: Fit, tmp_path: Path, config: str, sche
     learnt = load_file(run / "blocks/0000/transforms.safetensors")
     assert learnt and not [name for name in learnt if name.endswith("offset")]
     assert answer(run / "checkpoint").isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
+def test_awq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
+    run = fit(scheme, tmp_path / "run", "--trainer.max_epochs=0", config="awq.yaml")
+    for block in metrics(run):
+        assert block["outcome"] != "nearest" and block["loss"] < 0.95 * block["rtn_loss"]
+        assert set(block["condition"]) == {"attention_input", "value_output", "mlp_input", "mlp_hidden"}
+    assert answer(run / "checkpoint").isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym"])
+def test_gptq_end_to_end(fit: Fit, tmp_path: Path, scheme: str) -> None:
+    """Each block, and the model, lose less than with the nearest codes on the same grid."""
+    run = fit(scheme, tmp_path / "run", config="gptq.yaml")
+    for block in metrics(run):
+        assert block["loss"] < 0.9 * block["rtn_loss"]
+        assert block["loss"] == pytest.approx(block["rounder_loss"], rel=0.02)
+    found = load_file(run / "blocks/0000/weights.safetensors")
+    nearest = load_file(fit(scheme, tmp_path / "rtn", config="rtn.yaml") / "blocks/0000/weights.safetensors")
+    same = {name: torch.equal(tensor, nearest[name]) for name, tensor in found.items()}
+    assert not any(equal for name, equal in same.items() if name.endswith("weight_packed")), "other codes"
+    assert all(equal for name, equal in same.items() if not name.endswith("weight_packed")), "on the same grid"
+
+
+def test_references_are_rows_of_the_table(fit: Fit, tmp_path: Path) -> None:
+    run = fit("w4a16", tmp_path / "run", "--model.references=[nf4,int8]", config="rtn.yaml")
+    assert list(rows(run)) == ["full precision", "round to nearest", "bitsandbytes nf4", "bitsandbytes int8", "rtn"]
+
+
+@pytest.mark.filterwarnings("ignore:block .*condition number")
+def test_the_papers_settings_end_to_end(fit: Fit, tmp_path: Path) -> None:
+    run = fit("w4a4", tmp_path / "run", "--trainer.max_epochs=3", config="affinequant-paper.yaml")
+    learnt = load_file(run / "blocks/0000/transforms.safetensors")
+    assert learnt["0.transforms.value_output.factors.2.mask"][0, -1] == pytest.approx(0.1)
+    assert all(block["loss"] < 0.9 * block["rtn_loss"] for block in metrics(run))

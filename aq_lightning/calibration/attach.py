@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
-from aq_lightning.calibration.fold import Scaled, add_biases, fold, shift_directions
+from aq_lightning.calibration.fold import Scaled, add_biases, add_shift_biases, fold, shift_directions
 from aq_lightning.calibration.places import carrier_of, check_place
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
@@ -171,7 +172,12 @@ def attach(
 
 
 @torch.no_grad()
-def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str] = ()) -> dict[str, QTensor | Tensor]:
+def merge(
+    attached: AttachedBlock,
+    storage: torch.dtype,
+    biased: Collection[str] = (),
+    codes: Mapping[str, QTensor] = MappingProxyType({}),
+) -> dict[str, QTensor | Tensor]:
     """Rounds for good, in float64, and leaves a plain HF block that holds exactly what the checkpoint will; its modules
     carry the products of online factors.
 
@@ -179,6 +185,7 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
         attached: a block after training.
         storage: dtype of everything that is not an integer.
         biased: linears to which the model's configuration will give a bias: zeros where there is none.
+        codes: weights that a rounder has rounded; the quantizers round the others.
 
     Returns:
         The block's tensors by name: quantized weights as :class:`QTensor`, all others in ``storage``.
@@ -187,17 +194,14 @@ def merge(attached: AttachedBlock, storage: torch.dtype, biased: Collection[str]
     merged: dict[str, QTensor | Tensor] = {
         name: attached.quantizers[_key(name)].quantize(tensor) if _key(name) in attached.quantizers else tensor
         for name, tensor in folded.items()
+        if name not in codes
     }
+    merged |= codes
     values = {
         name: tensor.dequantize(torch.float64) if isinstance(tensor, QTensor) else tensor
         for name, tensor in merged.items()
     }
-    directions = shift_directions(folded, attached.architecture.sites, maps, attached.moved)
-    gains = {
-        name: (folded[name] if whole else folded[name] - values[name]) @ direction
-        for name, (direction, whole) in directions.items()
-    }
-    values = add_biases(values, gains)
+    values = add_shift_biases(folded, values, attached.architecture.sites, maps, attached.moved)
     for together in attached.architecture.bias_switches.values():
         if any(f"{name}.bias" in values or name in biased for name in together):
             for name in together:

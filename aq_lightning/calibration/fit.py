@@ -89,7 +89,7 @@ class _Fitting:
     ) -> None:
         self.live, self.position, self.activations = live, position, activations
         self.data, self.trainer, self.loader = data, trainer, loader
-        plain = self.module(live.attach(activations))
+        plain = self.module(live.attach(activations, data[0]))
         self.start = self.candidate("start", plain, plain.state())
 
     def best(self) -> Fit:
@@ -113,9 +113,8 @@ class _Fitting:
         """Attempts until one is not stopped: what they leave, and why those before it were stopped."""
         candidates, causes = [], []
         for caution in _CAUTION:
-            module = self.module(
-                self.live.attach(self.activations), caution, opening * caution, _EXPLODED * self.start.loss
-            )
+            attached = self.live.attach(self.activations, self.data[0])
+            module = self.module(attached, caution, opening * caution, _EXPLODED * self.start.loss)
             self.trainer().fit(module, self.loader())
             module.to(self.live.device)
             if module.cause is None:

@@ -100,6 +100,18 @@ def shift_directions(
     return directions
 
 
+def add_shift_biases(
+    folded: Tensors, rounded: Tensors, sites: Iterable[Site], maps: Mapping[str, Map], moved: Collection[str]
+) -> dict[str, Tensor]:
+    """``rounded``, the tensors of :func:`fold` with some weights rounded, with the biases of all shifts in place."""
+    directions = shift_directions(folded, sites, maps, moved)
+    gains = {
+        name: (folded[name] if whole else folded[name] - rounded[name]) @ direction
+        for name, (direction, whole) in directions.items()
+    }
+    return add_biases(rounded, gains)
+
+
 def add_biases(tensors: Tensors, gains: Tensors) -> dict[str, Tensor]:
     """Adds gains, named after weights, to the biases beside these, which appear where there was none."""
     result = dict(tensors)

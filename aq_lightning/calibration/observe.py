@@ -15,12 +15,14 @@ from aq_lightning.transforms import SiteStatistics
 
 
 class ChannelRange:
-    """Running least, greatest and mean value of each channel over all tokens seen; float64 on the data's device."""
+    """Running least, greatest, mean and mean absolute value of each channel over all tokens seen; float64 on the data's
+    device."""
 
     def __init__(self) -> None:
         self.low: Tensor | None = None  # (channels)
         self.high: Tensor | None = None  # (channels)
         self.total: Tensor | None = None  # (channels)
+        self.size: Tensor | None = None  # (channels)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
@@ -30,6 +32,8 @@ class ChannelRange:
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.total = total if self.total is None else self.total + total
+        size = flat.abs().sum(0, dtype=torch.float64)
+        self.size = size if self.size is None else self.size + size
         self.tokens += flat.shape[0]
 
 
@@ -89,9 +93,11 @@ def _statistics(shape: SiteShape, seen: Sequence[ChannelRange], greatest: Tensor
     low = torch.cat([one.low if one.tokens else -unit for one in seen])  # (channels), like all below
     high = torch.cat([one.high if one.tokens else unit for one in seen])
     mean = torch.cat([one.total / one.tokens if one.tokens else 0 * unit for one in seen])
+    magnitude = torch.cat([one.size / one.tokens if one.tokens else unit for one in seen])
     return SiteStatistics(
         low=shape.split(low).amin(1),
         high=shape.split(high).amax(1),
         mean=shape.split(mean).mean(1),
+        magnitude=shape.split(magnitude).mean(1),
         weight_max=shape.split(greatest).amax(1),
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
 from aq_lightning.calibration.observe import Ranges, initialize
-from aq_lightning.calibration.streams import Arguments, check_finite, run, to_device
+from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, choose_ranges, choose_scales, rounded
+from aq_lightning.calibration.streams import Arguments, Streams, check_finite, run, to_device
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.naming import from_checkpoint, to_checkpoint
 from aq_lightning.models.sites import Architecture, Heads
@@ -55,11 +56,15 @@ class LiveWindow:
         """The blocks' answer to a stream, (samples, length, hidden) → a new one."""
         return check_finite(self._run(self.blocks, stream))
 
-    def attach(self, activations: Sequence[Ranges]) -> list[AttachedBlock]:
-        """The recipe on each block, its transforms started from the activations observed."""
+    def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
+        """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
+        the blocks read when the stream ``inputs``, (samples, length, hidden), enters the window."""
         attached = [self._attach(block, self.recipe.transforms, self.recipe.weight_quantizer) for block in self.blocks]
-        for block, ranges in zip(attached, activations, strict=True):
+        for block, plain, ranges, passes in zip(attached, self.blocks, activations, self._passes(), strict=True):
             initialize(block, ranges)
+            choose_scales(block, passes, inputs)
+            choose_ranges(block, passes, inputs)
+            inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
         return attached
 
     def attach_nearest(self) -> list[AttachedBlock]:
@@ -74,14 +79,42 @@ class LiveWindow:
         mean = float(torch.stack(parts).mean())
         return mean if math.isfinite(mean) else math.inf
 
-    def merge(self, attached: Sequence[AttachedBlock]) -> dict[str, QTensor | Tensor]:
-        """Rounds for good; the model's tensors by their full names in checkpoints."""
+    def round(
+        self, attached: Sequence[AttachedBlock], streams: Streams, target: Tensor, ceiling: float
+    ) -> tuple[list[Codes], float | None]:
+        """What the recipe's rounder makes of the blocks.
+
+        Args:
+            attached: the blocks after training.
+            streams: what enters the window.
+            target: what to answer.
+            ceiling: the blocks' loss with the codes of their own quantizers.
+
+        Returns:
+            Codes block by block, none where the quantizers' own are better or no rounder is asked for; and the loss
+            with the rounder's.
+        """
+        own: list[Codes] = [{} for _ in attached]
+        if not self.recipe.rounder.reads:
+            return own, None
+        codes, functions, entering = [], [], streams
+        for block, plain, passes in zip(attached, self.blocks, self._passes(), strict=True):
+            codes.append(rounded(block, self.recipe.rounder, passes, entering))
+            functions.append(FoldedBlock(block, passes).function(codes[-1]))
+            if block is not attached[-1]:
+                entering = Streams(passes.run(plain, entering.full), passes.run(functions[-1], entering.quantized))
+        loss = self.loss(functions, streams.quantized, target)
+        return (codes if loss <= ceiling else own), loss
+
+    def merge(self, attached: Sequence[AttachedBlock], codes: Sequence[Codes]) -> dict[str, QTensor | Tensor]:
+        """Rounds for good, to the codes given where there are any; the model's tensors by their full names in
+        checkpoints."""
         architecture = self.pretrained.architecture
         return {
             f"{architecture.blocks}.{index}.{name}": tensor
-            for index, block in zip(self.indices, attached, strict=True)
+            for index, block, mine in zip(self.indices, attached, codes, strict=True)
             for name, tensor in to_checkpoint(
-                merge(block, self.pretrained.storage, self._biased), architecture, block.block
+                merge(block, self.pretrained.storage, self._biased, mine), architecture, block.block
             ).items()
         }
 
@@ -97,6 +130,9 @@ class LiveWindow:
         for block in self.blocks:
             block.to("meta")
         gc.collect()
+
+    def _passes(self) -> list[Passes]:
+        return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
     def _run(self, blocks: Sequence[BlockFunction], stream: Tensor) -> Tensor:
         return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device)

@@ -7,3 +7,5 @@ from aq_lightning.quantizers.base import WeightQuantizerFactory as WeightQuantiz
 from aq_lightning.quantizers.clipping import LearnedClipping as LearnedClipping
 from aq_lightning.quantizers.learned_rounding import LearnedRounding as LearnedRounding
 from aq_lightning.quantizers.minmax import MinMax as MinMax
+from aq_lightning.quantizers.search import GridSearch as GridSearch
+from aq_lightning.quantizers.searched_range import SearchedRange as SearchedRange

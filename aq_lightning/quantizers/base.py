@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from aq_lightning.qtensor import QTensor, decode, encode, grid_of
+from aq_lightning.quantizers.search import GridSearch
 from aq_lightning.scheme import Grid
 
 
@@ -22,14 +23,18 @@ class WeightQuantizer(nn.Module, ABC):
         grid: bits, group size, symmetry.
         shape: (out, in) of the weight, (experts · out, in) of stacked ones.
         storage: dtype of the scales in the checkpoint.
+        search: how the ranges are chosen before training; None: they start as they are.
 
     Raises:
         RequestError: the group size does not divide the input channels.
     """
 
-    def __init__(self, grid: Grid, shape: tuple[int, int], storage: torch.dtype) -> None:
+    def __init__(
+        self, grid: Grid, shape: tuple[int, int], storage: torch.dtype, search: GridSearch | None = None
+    ) -> None:
         super().__init__()
         self.grid = grid
+        self.search = search
         self.storage = storage
         self.grouped = (shape[0], grid.groups(shape[1]), -1)  # (out, groups, size)
         self.register_parameter("offset", None)
@@ -37,6 +42,24 @@ class WeightQuantizer(nn.Module, ABC):
     @abstractmethod
     def fractions(self) -> tuple[Tensor, Tensor]:
         """Where each group's range ends: fractions of its least and of its greatest weight, each (out, groups)."""
+
+    def start(self, low: Tensor, high: Tensor) -> None:
+        """Sets the ranges from searched fractions, (out, groups) each; called only with a ``search``."""
+
+    def initialize(self, weight: Tensor, seconds: Sequence[Tensor]) -> None:
+        """Chooses the ranges by ``search``, if there is one.
+
+        Args:
+            weight: what will be rounded, (…, in) with as many rows as ``shape`` says.
+            seconds: second moments of the input, (in, in); of stacked weights those of each, which divide the rows;
+                none if no search is weighted.
+        """
+        if self.search is None:
+            return
+        parts = weight.reshape(self.grouped).chunk(max(len(seconds), 1))
+        pairs = zip(parts, seconds or [None], strict=True)
+        found = [self.search(part, second, self.grid, self.storage) for part, second in pairs]
+        self.start(*(torch.cat(ends) for ends in zip(*found, strict=True)))
 
     def project(self) -> None:
         """Brings parameters that a step took out of bounds back; called after every step."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aq_lightning.quantizers.base import WeightQuantizer
+from aq_lightning.quantizers.search import GridSearch
 from aq_lightning.scheme import Grid
 
 
@@ -19,16 +20,23 @@ class LearnedRounding(WeightQuantizer):
 
     Args:
         grid, shape, storage: as in :class:`WeightQuantizer`.
+        search: where α and β start instead.
     """
 
-    def __init__(self, grid: Grid, shape: tuple[int, int], storage: torch.dtype) -> None:
-        super().__init__(grid, shape, storage)
+    def __init__(
+        self, grid: Grid, shape: tuple[int, int], storage: torch.dtype, search: GridSearch | None = None
+    ) -> None:
+        super().__init__(grid, shape, storage, search)
         self.lower = nn.Parameter(torch.ones(self.grouped[:2]))  # β, (out, groups)
         self.upper = nn.Parameter(torch.ones(self.grouped[:2]))  # α, (out, groups)
         self.offset = nn.Parameter(torch.zeros(shape))  # v, (out, in)
 
     def fractions(self) -> tuple[Tensor, Tensor]:
         return self.lower, self.upper
+
+    def start(self, low: Tensor, high: Tensor) -> None:
+        self.lower.data.copy_(low)
+        self.upper.data.copy_(high)
 
     @torch.no_grad()
     def project(self) -> None:

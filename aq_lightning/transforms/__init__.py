@@ -1,5 +1,6 @@
 """Invertible maps at the sites of a block: most fold into the weights around them, some stay online."""
 
+from aq_lightning.transforms.activation_aware import ActivationAware as ActivationAware
 from aq_lightning.transforms.affine import Affine as Affine
 from aq_lightning.transforms.affine import Schedule as Schedule
 from aq_lightning.transforms.base import Factor as Factor

@@ -54,6 +54,8 @@ class SiteStatistics:
     """Greatest activation."""
     mean: Tensor
     """Mean activation."""
+    magnitude: Tensor
+    """Mean of its absolute value."""
     weight_max: Tensor
     """Greatest ``|W|`` over the output rows of all consumers."""
 
@@ -69,6 +71,8 @@ class Factor(nn.Module, ABC):
     """Group of maps that this factor ranges over; a site that does not absorb it refuses the factor."""
     shape: SiteShape
     """Blocks of channels that it mixes."""
+    searches: ClassVar[bool] = False
+    """Whether it starts by :meth:`search`."""
     online: bool = False
     """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
 
@@ -83,6 +87,14 @@ class Factor(nn.Module, ABC):
     @abstractmethod
     def condition(self) -> Tensor:
         """Condition number of ``A`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best."""
+
+    def search(self, error: Callable[[], float]) -> None:
+        """Chooses where to start by trying; called after :meth:`initialize` iff ``searches``.
+
+        Args:
+            error: of what the site's consumers answer with rounded weights, at the parameters that the factor has when
+                it is called.
+        """
 
     def operation(self) -> Operation | None:
         """What the factor does at run time if it is online, its tensors on the meta device; None: it only folds."""

@@ -268,7 +268,7 @@ def test_other_factors_do_not_commute(kind: type[Factor]) -> None:
 
 def statistics() -> SiteStatistics:
     low, high = -torch.rand(2, 6, dtype=torch.float64) * 3, torch.rand(2, 6, dtype=torch.float64)
-    return SiteStatistics(low, high, (low + high) / 3, torch.rand(2, 6, dtype=torch.float64) + 0.1)
+    return SiteStatistics(low, high, (low + high) / 3, high - low, torch.rand(2, 6, dtype=torch.float64) + 0.1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -281,7 +281,7 @@ def test_diagonal_starts_at_smoothquant(alpha: float) -> None:
 
 def test_dead_channels_have_finite_scales() -> None:
     zeros = torch.zeros(2, 6, dtype=torch.float64)
-    for seen in (SiteStatistics(zeros, zeros, zeros, zeros + 1), SiteStatistics(zeros - 1, zeros, zeros, zeros)):
+    for seen in (SiteStatistics(*4 * [zeros], zeros + 1), SiteStatistics(zeros - 1, *4 * [zeros])):
         factor = Diagonal(SHAPE)
         factor.initialize(seen)
         assert factor.log_scale.isfinite().all()
