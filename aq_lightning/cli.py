@@ -155,7 +155,7 @@ class CommandLine(LightningCLI):
         """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
         source = locate(model.pretrained)
         datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
         row = comparison.checkpoint(model.pretrained, model.pretrained, model.trust_remote_code)
         if self._section.out is not None:
             out = Path(self._section.out)
@@ -173,6 +173,8 @@ class CommandLine(LightningCLI):
         run.check_fingerprint(identity)
         free = check_space(use, run.path)
         pretrained = load(model.pretrained, model.trust_remote_code)
+        if pretrained.whole:
+            print(f"note: all of the model stays in host memory. {pretrained.whole}", flush=True)
         try:
             with run.lock(), guards.stopping.listening():
                 print(f"{use}; {free / 1e9:.1f} GB are free", flush=True)
@@ -196,7 +198,7 @@ class CommandLine(LightningCLI):
         guards: Guards,
     ) -> dict[str, object]:
         loggers = self._loggers(run.path)
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
 
         def baselines() -> dict[str, object]:
             return {"rows": [row.as_dict() for row in comparison.baselines(pretrained, model.recipe.scheme)]}
