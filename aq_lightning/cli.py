@@ -214,7 +214,7 @@ class CommandLine(LightningCLI):
             guards,
         )
         quantize(job, datamodule.calibration())
-        method = Path(str(self._section.config[-1])).stem
+        method = Path(str(self._section.config[0])).stem
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
