@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from jsonargparse import auto_cli
@@ -15,28 +16,25 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from aq_lightning.calibration import Cause, RunDirectory, adapt, attach
+from aq_lightning.calibration import Cause, RunDirectory
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
-from aq_lightning.disk import DiskUse, check_space, disk_use
+from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
-from aq_lightning.evaluation import Row, check_reference, overhead_lines, render
+from aq_lightning.evaluation import Row, check_reference, render
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import (
     Pretrained,
-    Source,
     load,
-    load_config,
     load_tokenizer,
     locate,
-    skeleton,
-    storage_of,
 )
-from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
+from aq_lightning.plan import Probe, plan_lines
+from aq_lightning.preparation import prepare
 from aq_lightning.quiet import quiet
 from aq_lightning.verbs import BY_NAME, VERBS
 
@@ -157,7 +155,7 @@ class CommandLine(LightningCLI):
         """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
         source = locate(model.pretrained)
         datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
         row = comparison.checkpoint(model.pretrained, model.pretrained, model.trust_remote_code)
         if self._section.out is not None:
             out = Path(self._section.out)
@@ -169,12 +167,19 @@ class CommandLine(LightningCLI):
         self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards
     ) -> None:
         """From the checks to the table."""
-        source, revision, use = _check(model, datamodule, guards)
+        prepared = prepare(model)
+        model.recipe = prepared.recipe
+        print("\n".join(prepared.notes), end="\n" if prepared.notes else "")
+        datamodule.attach_tokenizer(load_tokenizer(prepared.source, model.trust_remote_code))
         windows = {"calibration": datamodule.calibration(), "evaluation": datamodule.evaluation()}
-        identity = fingerprint(source, revision, windows, self.trainer.strategy.root_device.type)
+        revision = getattr(prepared.config, "_commit_hash", None)
+        use = prepared.disk(windows["calibration"].numel() if guards.keep_streams else 0)
+        identity = fingerprint(prepared.source, revision, windows, self.trainer.strategy.root_device.type)
         run.check_fingerprint(identity)
         free = check_space(use, run.path)
         pretrained = load(model.pretrained, model.trust_remote_code)
+        if pretrained.whole:
+            print(f"note: all of the model stays in host memory. {pretrained.whole}", flush=True)
         try:
             with run.lock(), guards.stopping.listening():
                 print(f"{use}; {free / 1e9:.1f} GB are free", flush=True)
@@ -198,7 +203,7 @@ class CommandLine(LightningCLI):
         guards: Guards,
     ) -> dict[str, object]:
         loggers = self._loggers(run.path)
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer)
+        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
 
         def baselines() -> dict[str, object]:
             rows = comparison.baselines(pretrained, model.recipe.scheme)
@@ -216,7 +221,7 @@ class CommandLine(LightningCLI):
             guards,
         )
         quantize(job, datamodule.calibration())
-        method = Path(str(self._section.config[-1])).stem
+        method = Path(str(self._section.config[0])).stem
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
@@ -243,46 +248,17 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand]
 
 
-def _check(
-    model: QuantizedLanguageModel, datamodule: TokenWindows, guards: Guards
-) -> tuple[Source, str | None, DiskUse]:
-    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked, and
-    prints what it costs at run time.
+class PlanningLine(CommandLine):
+    """``plan`` takes the arguments of ``fit``, and says what that would do and cost."""
 
-    Returns:
-        The model's place, its revision on the hub, and the disk that the run takes.
-    """
-    source = locate(model.pretrained)
-    config = load_config(source, model.trust_remote_code)
-    if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
-        raise RequestError(
-            f"A model to calibrate has full-precision weights, got {model.pretrained!r}, which is quantized already: "
-            "name the original."
-        )
-    architecture = architecture_of(config)
-    shell, recipe = skeleton(config), model.recipe
-    blocks = shell.get_submodule(architecture.blocks)
-    block = blocks[0]
-    heads = heads_of(config, architecture)
-    if model.adapt:
-        folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
-        model.recipe = recipe = replace(recipe, transforms=folding)
-        for refusal in refusals:
-            print(f"left out: {refusal}")
-    storage = storage_of(source, config)
-    quantizer, scheme = recipe.weight_quantizer, recipe.scheme
-    attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
-    if architecture.experts and model.references:
-        raise RequestError("References stand for linears alone, got a model with experts: leave out model.references.")
-    if architecture.experts and not scheme.weight.symmetric:
-        print(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
-    datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-    tokens = datamodule.calibration().numel()
-    datamodule.evaluation()
-    for line in overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits):
-        print(line)
-    stream = tokens * config.get_text_config().hidden_size if guards.keep_streams else 0
-    return source, getattr(config, "_commit_hash", None), disk_use(shell, attached, len(blocks), recipe, stream)
+    def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+        prepared = prepare(model)
+        samples, length = datamodule.calibration_shape
+        probe = Probe(prepared, self.trainer.strategy.root_device, length)
+        with TemporaryDirectory() as scratch:
+            measured = probe.measure(self.instantiate_trainer(max_epochs=1, default_root_dir=scratch))
+        for line in plan_lines(prepared, measured, (samples, length), self._section.trainer.max_epochs):
+            print(line)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -293,7 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if verb in VERBS:
             sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in BY_NAME))
-        CommandLine(arguments)
+        if verb == "plan":
+            PlanningLine(["fit", *rest])
+        else:
+            CommandLine(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

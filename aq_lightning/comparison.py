@@ -3,84 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from aq_lightning.calibration import rounded_to_nearest
+from aq_lightning.calibration import attach, capture, merge
 from aq_lightning.calibration.attach import weights
-from aq_lightning.evaluation import (
-    PerplexityTest,
-    Reference,
-    Row,
-    effective_bits,
-    overhead,
-    reference_bits,
-    replaced,
-)
+from aq_lightning.calibration.call import Arguments
+from aq_lightning.calibration.streams import hidden_states, run, to_device
+from aq_lightning.evaluation import PerplexityTest, Reference, Row, effective_bits, overhead, reference_bits, replaced
 from aq_lightning.export.compressed_tensors import read
-from aq_lightning.export.loading import open_model
+from aq_lightning.export.loading import open_model, open_parts
+from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
-from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import MinMax, quantized_activations
+from aq_lightning.recipe import StreamStorage
 from aq_lightning.scheme import Grid, Scheme
 
 
 class Comparison:
-    """Scores models on the same windows.
+    """Scores models on the same windows, in float32.
+
+    A model whose architecture is known is scored block by block: all windows pass through one block before the next is
+    read. Its answers are those of the whole model.
 
     Args:
-        loader: evaluation windows.
+        loader: evaluation windows in order.
         trainer: makes a Trainer for one test, with the changes given.
+        place: where the activations that enter a block are kept.
     """
 
-    def __init__(self, loader: DataLoader, trainer: Callable[..., Trainer]) -> None:
+    def __init__(
+        self, loader: DataLoader, trainer: Callable[..., Trainer], place: Literal["host", "device"] = "device"
+    ) -> None:
         self.loader = loader
         self.trainer = trainer
+        self.storage = StreamStorage("float32", place)
 
     def baselines(self, pretrained: Pretrained, scheme: Scheme) -> list[Row]:
-        """Full precision and round-to-nearest of a loaded model, whose parameters come back as they were."""
-        full = Row("full precision", self._perplexity(pretrained.model), torch.finfo(pretrained.storage).bits)
-        blocks, storage = list(pretrained.blocks), pretrained.storage
-        with (
-            rounded_to_nearest(blocks, pretrained.architecture, pretrained.heads, scheme, storage),
-            quantized_activations(blocks, scheme.activation),
-        ):
-            nearest = self._perplexity(pretrained.model)
-        return [full, Row("round to nearest", nearest, nearest_bits(blocks, scheme.weight, storage))]
+        """Full precision and round-to-nearest of a model, each block read once for both."""
+        storage, shell = pretrained.storage, pretrained.shell()
+        full, arguments = capture(shell, self._windows, self.storage, self._device)
+        nearest = full
+        for index, block in enumerate(read_ahead(pretrained.block, range(len(pretrained.blocks)))):
+            full = self._pass(deepcopy(block), arguments[index], full)
+            merge(attach(block, pretrained.architecture, pretrained.heads, {}, MinMax, scheme, storage), storage)
+            with quantized_activations([block], scheme.activation):
+                nearest = self._pass(block, arguments[index], nearest)
+        bits = nearest_bits(pretrained.blocks, scheme.weight, storage)
+        return [
+            Row("full precision", self._score(shell, full), torch.finfo(storage).bits),
+            Row("round to nearest", self._score(shell, nearest), bits),
+        ]
 
     def references(self, pretrained: Pretrained, kinds: Iterable[Reference]) -> list[Row]:
-        """A loaded model in the formats of bitsandbytes; its linears come back as they were."""
-        device, blocks, rows = self.trainer().strategy.root_device, list(pretrained.blocks), []
+        """A model in the formats of bitsandbytes."""
+        rows = []
         for kind in kinds:
-            linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-            bits = reference_bits(linears, kind)
-            with replaced(blocks, kind, device):
-                rows.append(Row(f"bitsandbytes {kind}", self._perplexity(pretrained.model), bits))
+            shell, linears = pretrained.shell(), [m for m in pretrained.blocks.modules() if isinstance(m, nn.Linear)]
+            stream, arguments = capture(shell, self._windows, self.storage, self._device)
+            for index, block in enumerate(read_ahead(pretrained.block, range(len(pretrained.blocks)))):
+                with replaced([block], kind, self._device):
+                    stream = self._pass(block, arguments[index], stream)
+            rows.append(Row(f"bitsandbytes {kind}", self._score(shell, stream), reference_bits(linears, kind)))
         return rows
 
     def checkpoint(self, pretrained: str, name: str, trust_remote_code: bool = False) -> Row:
         """Any model by its directory or id, quantized or not, read from its files."""
-        model, _, scheme = open_model(pretrained, trust_remote_code=trust_remote_code)
+        opened = open_parts(pretrained, trust_remote_code)
+        if opened is None:
+            whole, _, _ = open_model(pretrained, trust_remote_code=trust_remote_code)
+            return Row(name, self._perplexity(whole), torch.finfo(whole.dtype).bits)
+        model, scheme = opened
+        shell = model.shell()
+        stream, arguments = capture(shell, self._windows, self.storage, self._device)
+        for index, block in enumerate(read_ahead(model.block, range(len(model.blocks)))):
+            with quantized_activations([block], None if scheme is None else scheme.activation):
+                stream = self._pass(block, arguments[index], stream)
+        perplexity = self._score(shell, stream)
         if scheme is None:
-            return Row(name, self._perplexity(model), torch.finfo(model.dtype).bits)
-        blocks = model.get_submodule(architecture_of(model.config).blocks)
-        with quantized_activations(blocks, scheme.activation):
-            bits = effective_bits(read(Path(pretrained).expanduser())[1])
-            return Row(name, self._perplexity(model), bits, overhead(blocks).percent)
+            return Row(name, perplexity, torch.finfo(model.storage).bits)
+        bits = effective_bits(read(Path(pretrained).expanduser())[1])
+        return Row(name, perplexity, bits, overhead(model.blocks).percent)
 
-    def _perplexity(self, model: nn.Module) -> float:
+    @cached_property
+    def _windows(self) -> Tensor:
+        """int64 (windows, length)."""
+        return torch.cat(list(self.loader))
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return self.trainer(precision="32-true").strategy.root_device
+
+    def _pass(self, block: nn.Module, arguments: Arguments, stream: Tensor) -> Tensor:
+        """A block's answer to a stream, (windows, length, hidden) → a new one."""
+        block = block.to(self._device, torch.float32)
+        return run([block], [to_device(arguments, self._device)], stream, self.loader.batch_size, self._device)
+
+    def _score(self, shell: PreTrainedModel, stream: Tensor) -> float:
+        """Perplexity of the model whose last block answers ``stream``."""
+        with hidden_states(shell, stream):
+            return self._perplexity(shell)
+
+    def _perplexity(self, model: PreTrainedModel) -> float:
         """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""
         trainer = self.trainer(precision="32-true")
-        stored = model.dtype
         if _fits(model, trainer.strategy.root_device):
-            _cast(model, torch.float32)
+            for parameter in model.parameters():  # alone: rotary tables are buffers and keep their own precision
+                parameter.data = parameter.data.float()
         (scores,) = trainer.test(PerplexityTest(model.eval()), self.loader, verbose=False)
-        _cast(model.to("cpu"), stored)
+        model.to("cpu")
         return scores["perplexity"]
 
 
@@ -110,10 +150,3 @@ def _fits(model: nn.Module, device: torch.device) -> bool:
     torch.cuda.empty_cache()  # what calibration held counts as free
     free, _ = torch.cuda.mem_get_info(device)  # bytes
     return 4 * sum(parameter.numel() for parameter in model.parameters()) <= free / 2
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Converts the parameters alone: rotary tables are buffers and keep their own precision."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)

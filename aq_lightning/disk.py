@@ -88,4 +88,7 @@ def check_space(use: DiskUse, out: Path) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    unit, name = next(
+        each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= each[0] / 10 or each[0] == 1e3
+    )
+    return f"{count / unit:.1f} {name}"

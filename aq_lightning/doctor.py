@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +47,13 @@ class Finding:
 
 @torch.no_grad()
 def examine(pretrained: Pretrained) -> Iterator[Finding]:
-    """Measures every factor at every site that absorbs its kind, on the first block; the model is left in float64."""
+    """Measures every factor at every site that absorbs its kind, on the first block."""
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(pretrained.model.config.vocab_size, (_SAMPLES, _LENGTH), generator=generator)
     with _TrueFloat64():
         storage = StreamStorage("float32", "host")  # float64 here
-        hidden, arguments = capture(pretrained.model, pretrained.blocks, windows, storage, torch.device("cpu"))
-        block = pretrained.blocks[0].double()
+        hidden, arguments = capture(pretrained.shell(), windows, storage, torch.device("cpu"))
+        block = pretrained.block(0).double()
         reference = answer(block, hidden, arguments[0])  # (samples, length, hidden)
         for site in pretrained.architecture.sites:
             for factor in (kind for kind in Factor.__subclasses__() if kind.group in site.absorbs):
@@ -65,7 +64,7 @@ def _measure(
     pretrained: Pretrained, site: Site, factor: type[Factor], error: Callable[[BlockFunction], float]
 ) -> Finding:
     """One factor with random parameters, far from the identity, before and after merge into a copy of the block."""
-    block = deepcopy(pretrained.blocks[0])
+    block = pretrained.block(0).double()
     scheme = Scheme.parse("w4a4")  # where a producer can subtract a shift, it does
     try:
         attached = attach(

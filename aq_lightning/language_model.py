@@ -17,7 +17,9 @@ from aq_lightning.quantizers import MinMax, WeightQuantizer
 from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
 from aq_lightning.rounders import Nearest, Rounder
 from aq_lightning.scheme import Grid, Scheme
-from aq_lightning.transforms import Factor
+from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory
+
+_UNIT = SiteShape(1, 1)
 
 
 class QuantizedLanguageModel(LightningModule):
@@ -30,6 +32,8 @@ class QuantizedLanguageModel(LightningModule):
         transforms: site → factors of its transform, in the order they act on activations.
         adapt: whether factors that do not fold in the model's architecture are left out, and named before the run;
             otherwise the first of them is refused.
+        stability: of every affine matrix (:class:`aq_lightning.transforms.Affine`); null: as ``transforms`` says.
+        alpha: of every diagonal (:class:`aq_lightning.transforms.Diagonal`); null: as ``transforms`` says.
         weight_quantizer: range rule of every weight.
         rounder: who chooses the codes when a block is rounded for good; the weight quantizer itself unless named.
         objective: what a block is fitted to.
@@ -59,6 +63,8 @@ class QuantizedLanguageModel(LightningModule):
         scheme: str | Scheme = "w4a16",
         transforms: dict[str, list[Callable[[SiteShape], Factor]]] | None = None,
         adapt: bool = False,
+        stability: float | None = None,
+        alpha: float | None = None,
         weight_quantizer: Callable[[Grid, tuple[int, int], torch.dtype], WeightQuantizer] = MinMax,
         rounder: Rounder | None = None,
         objective: Objective | None = None,
@@ -87,7 +93,10 @@ class QuantizedLanguageModel(LightningModule):
         self.adapt = adapt
         self.recipe = Recipe(
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
-            transforms=transforms or {},
+            transforms={
+                site: [_tuned(factory, stability, alpha) for factory in factories]
+                for site, factories in (transforms or {}).items()
+            },
             weight_quantizer=weight_quantizer,
             rounder=rounder or Nearest(),
             objective=objective or BlockMSE(),
@@ -107,3 +116,17 @@ class QuantizedLanguageModel(LightningModule):
     def forward(self, *_: Any) -> None:
         """Not a network of its own: blocks are fitted one window at a time, and checkpoints are scored as they are."""
         raise RequestError("This object holds a recipe: run `fit` to calibrate or `test` to score a checkpoint.")
+
+
+def _tuned(factory: FactorFactory, stability: float | None, alpha: float | None) -> FactorFactory:
+    """A factory whose affine matrices and diagonals take the values given, instead of their own."""
+
+    def build(shape: SiteShape) -> Factor:
+        factor = factory(shape)
+        if isinstance(factor, Affine) and stability is not None:
+            factor.stability = Affine(_UNIT, stability).stability  # which refuses others
+        if isinstance(factor, Diagonal) and alpha is not None:
+            factor.alpha = Diagonal(_UNIT, alpha).alpha
+        return factor
+
+    return factory if stability is None and alpha is None else build

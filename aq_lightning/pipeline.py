@@ -36,6 +36,7 @@ from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors, formats, parity
 from aq_lightning.export.base import Subject
 from aq_lightning.export.directory import gathered, verified
+from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized_activations
@@ -66,7 +67,7 @@ class Job:
     """What to calibrate, how, and where it goes."""
 
     pretrained: Pretrained
-    """The model, on the CPU; its blocks are used up."""
+    """The model; its blocks are read one window at a time."""
     recipe: Recipe
     """The method."""
     journal: RunDirectory
@@ -93,14 +94,13 @@ def quantize(job: Job, windows: Tensor) -> None:
     check_windows(windows, model.model.get_input_embeddings().num_embeddings)
     if all(job.journal.finished(indices.start) for indices in plan):
         return export(job)
-    stream, arguments = capture(model.model, model.blocks, windows, recipe.streams, job.device)
+    stream, arguments = capture(model.shell(), windows, recipe.streams, job.device)
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
     first, streams = _where_to_go_on(job, [indices.start for indices in plan], streams)
-    for number, indices in enumerate(plan):
-        if indices.start < first:
-            continue
-        position = Position(indices.start, number, len(plan))
-        live = LiveWindow(model, indices, arguments, recipe, job.device)
+    ahead = [indices for indices in plan if indices.start >= first]
+    for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
+        position = Position(indices.start, plan.index(indices), len(plan))
+        live = LiveWindow(model, blocks, arguments, recipe, job.device)
         with observed(live.blocks, model.architecture.sites) as activations:
             full = live.run(streams.full)  # what the full-precision model answers
         if not job.journal.finished(indices.start):
@@ -142,8 +142,6 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
     if kept is None:
         return starts[0], entering
     start, streams = kept
-    for index in range(start):
-        job.pretrained.blocks[index].to("meta")  # frees what is not needed again
     store = job.recipe.streams.store
     return start, Streams(store(streams.full, job.device), store(streams.quantized, job.device))
 
@@ -206,11 +204,12 @@ def export(job: Job) -> None:
         return
     gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
     config = {**model.config(), **dict.fromkeys(gained, True)}
+    limit = 4 * sum(each.numel() for each in model.blocks[0].parameters())  # bytes: what calibration took at least
     form = formats.named("compressed-tensors", recipe.layout)
     with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:
         files = save_companions(model, Path(companions))
         subject = Subject(config, recipe.scheme, model.storage, model.unquantized(), files)
-        shards = gathered(form.pack(shard, recipe.scheme) for shard in _tensors(job))
+        shards = gathered((form.pack(shard, recipe.scheme) for shard in _tensors(job)), limit)
         form.write(unverified, config, shards, recipe.scheme, ignore=subject.ignore, extra_files=files)
         parity.check(unverified, form, subject, _tensors(job)).record(unverified)
     job.journal.seal_checkpoint()

@@ -93,8 +93,8 @@ def trial(seed: int, dominance: float | None) -> str:
     draw = random.Random(seed)
     pretrained, recipe = model_of(draw), recipe_of(draw, dominance)
     windows = torch.randint(64, (SAMPLES, LENGTH))
-    stream, arguments = capture(pretrained.model, pretrained.blocks, windows, recipe.streams, CPU)
-    live = LiveWindow(pretrained, range(1), arguments, recipe, CPU)
+    stream, arguments = capture(pretrained.shell(), windows, recipe.streams, CPU)
+    live = LiveWindow(pretrained, pretrained.window([0]), arguments, recipe, CPU)
     with observed(live.blocks, SPEC.sites) as activations:
         target = live.run(stream)
     with tempfile.TemporaryDirectory() as root:

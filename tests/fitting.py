@@ -57,8 +57,8 @@ def fitted(
     })  # fmt: skip
     pretrained = Pretrained(Source("random"), (model or tiny_llama()).requires_grad_(False), None, SPEC)
     windows = torch.randint(96, (8, 16), generator=torch.Generator().manual_seed(0))
-    stream, arguments = capture(pretrained.model, pretrained.blocks, windows, recipe.streams, device)
-    live = LiveWindow(pretrained, range(1), arguments, recipe, device)
+    stream, arguments = capture(pretrained.shell(), windows, recipe.streams, device)
+    live = LiveWindow(pretrained, pretrained.window([0]), arguments, recipe, device)
     with observed(live.blocks, SPEC.sites) as activations:
         target = live.run(stream)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)

@@ -20,7 +20,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("callbacks",),
     ("aq_lightning.cli",),
-    ("aq_lightning.verbs",),
+    ("aq_lightning.verbs", "aq_lightning.plan"),
+    ("aq_lightning.preparation",),
     (
         "aq_lightning.pipeline",
         "aq_lightning.comparison",

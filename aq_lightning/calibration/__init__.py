@@ -4,7 +4,6 @@ from aq_lightning.calibration.adapt import adapt as adapt
 from aq_lightning.calibration.attach import AttachedBlock as AttachedBlock
 from aq_lightning.calibration.attach import attach as attach
 from aq_lightning.calibration.attach import merge as merge
-from aq_lightning.calibration.baseline import rounded_to_nearest as rounded_to_nearest
 from aq_lightning.calibration.batches import Pairs as Pairs
 from aq_lightning.calibration.block import BlockCalibration as BlockCalibration
 from aq_lightning.calibration.block import Position as Position

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from aq_lightning.calibration.call import Arguments, BlockFunction, PerSample, answer
 from aq_lightning.errors import RequestError
@@ -28,7 +29,7 @@ class Streams:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor, storage: StreamStorage, device: torch.device
+    model: PreTrainedModel, windows: Tensor, storage: StreamStorage, device: torch.device
 ) -> tuple[Tensor, list[Arguments]]:
     """Inputs of block 0 for every window, and every block's other arguments.
 
@@ -36,8 +37,7 @@ def capture(
     is computed or even needs to be loaded.
 
     Args:
-        model: causal language model whose parts outside the blocks are loaded.
-        blocks: its blocks.
+        model: causal language model whose parts outside the blocks are loaded; these are left in float32.
         windows: int64 (samples, length).
         storage: precision and place of the stream.
         device: where blocks will work.
@@ -45,13 +45,40 @@ def capture(
     Returns:
         (samples, length, hidden), and one :data:`Arguments` per block.
     """
-    for parameter in _outside(model, blocks):
+    architecture = architecture_of(model.config)
+    blocks = model.get_submodule(architecture.blocks)
+    outside = _outside(model, blocks)
+    for parameter in outside:
         parameter.data = parameter.data.float()  # so that embeddings and rotary tables come in full precision
     inputs: list[Tensor] = []
-    with _passing_through(blocks, architecture_of(model.config), inputs) as arguments:
+    with _passing_through(blocks, architecture, inputs) as arguments:
         for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-    return check_finite(storage.store(torch.cat(inputs), device)), arguments
+            model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
+            inputs[-1] = storage.store(inputs[-1], device)
+    return check_finite(torch.cat(inputs)), arguments
+
+
+@contextmanager
+def hidden_states(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
+    """While it is open, the model's blocks answer the windows of a stream, one batch after the other from the first.
+
+    Args:
+        model: causal language model; its blocks need no weights.
+        stream: what the last block answers, (samples, length, hidden), anywhere.
+    """
+    architecture = architecture_of(model.config)
+    blocks = model.get_submodule(architecture.blocks)
+    taken = 0
+
+    def last(hidden: Tensor, **_: object) -> Tensor | tuple[Tensor, None]:
+        nonlocal taken
+        taken += len(hidden)
+        answers = stream[taken - len(hidden) : taken].to(hidden)
+        return (answers, None) if architecture.returns_tuple else answers
+
+    with _passing_through(blocks, architecture, []):
+        blocks[-1].forward = last
+        yield
 
 
 @contextmanager

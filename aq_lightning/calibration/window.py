@@ -28,7 +28,7 @@ class LiveWindow:
 
     Args:
         pretrained: the model.
-        indices: the blocks' indices.
+        blocks: the blocks by index, with their weights; they are used up.
         arguments: other arguments of every block of the model.
         recipe: the method.
         device: where to work.
@@ -37,17 +37,17 @@ class LiveWindow:
     def __init__(
         self,
         pretrained: Pretrained,
-        indices: range,
+        blocks: Mapping[int, nn.Module],
         arguments: Sequence[Arguments],
         recipe: Recipe,
         device: torch.device,
     ) -> None:
         self.pretrained = pretrained
         self.recipe = recipe
-        self.indices = indices
+        self.indices = list(blocks)
         self.device = device
-        self.blocks = [pretrained.blocks[index].to(device, torch.float32) for index in indices]
-        self.arguments = [to_device(arguments[index], device) for index in indices]
+        self.blocks = [block.to(device, torch.float32) for block in blocks.values()]
+        self.arguments = [to_device(arguments[index], device) for index in blocks]
         architecture = pretrained.architecture
         on = switches(self.blocks[0], architecture, pretrained.heads, recipe)
         self._biased = [linear for switch in on for linear in architecture.bias_switches[switch]]

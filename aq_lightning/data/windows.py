@@ -131,6 +131,11 @@ class TokenWindows(LightningDataModule):
         self._tokenizer = tokenizer
         self._read = {}
 
+    @property
+    def calibration_shape(self) -> tuple[int, int]:
+        """Samples and length, before any text is read."""
+        return self._samples, self._length
+
     def calibration(self) -> Tensor:
         """Calibration windows, int64 (samples, length).
 

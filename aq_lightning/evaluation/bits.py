@@ -17,11 +17,14 @@ def effective_bits(merged: Mapping[str, QTensor | Tensor]) -> float:
 
     Biases count whole, although a model may have had them before: the figure is never flattering.
     """
-    weights = {name: tensor for name, tensor in merged.items() if isinstance(tensor, QTensor)}
-    if not weights:
-        return float("nan")
-    bits = sum(tensor.stored_bits for tensor in weights.values())
-    others = [merged.get(name.removesuffix("weight") + "bias") for name in weights]
-    others += [merged[name] for name in merged if carrier(name)]
-    bits += sum(tensor.numel() * torch.finfo(tensor.dtype).bits for tensor in others if tensor is not None)
-    return bits / sum(tensor.codes.numel() for tensor in weights.values())
+    bits, codes = 0, 0
+    for name, tensor in merged.items():  # one at a time: a checkpoint reads them when asked
+        if isinstance(tensor, QTensor):
+            bits += tensor.stored_bits
+            codes += tensor.codes.numel()
+            beside = merged.get(name.removesuffix("weight") + "bias")
+        else:
+            beside = tensor if carrier(name) else None
+        if beside is not None:
+            bits += beside.numel() * torch.finfo(beside.dtype).bits
+    return bits / codes if codes else float("nan")

@@ -217,16 +217,29 @@ def read(directory: Path) -> tuple[Scheme, Checkpoint]:
     return scheme, checkpoint
 
 
+class DenseTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, dequantized when asked for; those of floating point are in ``dtype``."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._checkpoint[name]
+        if isinstance(value, QTensor):
+            return value.dequantize(self._dtype)
+        return value.to(self._dtype) if value.is_floating_point() else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint)
+
+
 def load_dense(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """State dict of a checkpoint with dequantized weights; floating-point tensors are in ``dtype``."""
-    _, checkpoint = read(directory)
-    return {name: _dense(value, dtype) for name, value in checkpoint.items()}
-
-
-def _dense(value: QTensor | Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, QTensor):
-        return value.dequantize(dtype)
-    return value.to(dtype) if value.is_floating_point() else value
+    return dict(DenseTensors(read(directory)[1], dtype))
 
 
 def _stored(shard: Mapping[str, Tensor | QTensor], scheme: Scheme, layout: Layout) -> dict[str, Tensor]:

@@ -22,16 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from aq_lightning.durable import partial_of, save_tensors, sync
 from aq_lightning.errors import RequestError
-from aq_lightning.models.files import read_object, weight_map
+from aq_lightning.models.files import read_object
+from aq_lightning.models.weights import INDEX, SINGLE, with_stem
+from aq_lightning.models.weights import StoredTensors as StoredTensors
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -91,39 +90,6 @@ def verified(out: Path) -> Iterator[Path]:
     yield unverified
     unverified.replace(out)
     sync(out.parent)
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a model directory by name, each read from its file when asked for."""
-
-    def __init__(self, directory: Path, stem: str = "model") -> None:
-        """
-        Raises:
-            RequestError: the directory has no safetensors weights of that stem.
-        """
-        single, index = _renamed(SINGLE, stem), _renamed(INDEX, stem)
-        if (directory / index).is_file():
-            self._files: dict[str, Path] = weight_map(directory / index)
-        elif (directory / single).is_file():
-            with safe_open(directory / single, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), directory / single)
-        else:
-            raise RequestError(f"A model directory holds {single} or {index}, got {directory}: give another path.")
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def metadata(self, name: str) -> dict[str, str]:
-        """Header of the file that holds tensor ``name``."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.metadata() or {}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -202,17 +168,13 @@ def _name_shards(folder: Path, files: Mapping[str, tuple[int, int]], stem: str) 
     """Names the shards that :func:`_write_shards` left, and writes the index if there are several."""
     count = len(list(folder.glob("*.part")))
     names = [f"{stem}-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
-    names = names if count > 1 else [_renamed(SINGLE, stem)]
+    names = names if count > 1 else [with_stem(SINGLE, stem)]
     for k, name in enumerate(names):
         (folder / f"{k}.part").rename(folder / name)
     if count > 1:
         weight_map = {tensor: names[k] for tensor, (k, _) in files.items()}
         total_size = sum(size for _, size in files.values())
-        _write_json(folder / _renamed(INDEX, stem), {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def _renamed(file: str, stem: str) -> str:
-    return stem + file.removeprefix("model")
+        _write_json(folder / with_stem(INDEX, stem), {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def _check_extra(files: tuple[Path, ...]) -> None:

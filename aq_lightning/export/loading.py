@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
-from aq_lightning.export.compressed_tensors import load_dense, read
+from aq_lightning.export.compressed_tensors import DenseTensors, load_dense, read
 from aq_lightning.models.files import check_numbers, read_object
 from aq_lightning.models.loading import (
+    Pretrained,
     Source,
+    load,
     load_config,
     load_model,
     load_tokenizer,
@@ -24,6 +26,7 @@ from aq_lightning.models.loading import (
 )
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.naming import from_checkpoint
+from aq_lightning.models.weights import Weights
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms.online import carrier, carry_stored
 
@@ -86,6 +89,47 @@ def model_of(
             f"{sorted(unexpected)[:3]} unknown: write it again."
         )
     return model.eval().requires_grad_(False)
+
+
+def open_parts(pretrained: str, trust_remote_code: bool = False) -> tuple[Pretrained, Scheme | None] | None:
+    """A model as :func:`open_model` reads it, block by block, and the scheme if it is quantized; None: it can only be
+    read whole, for its blocks are not known or not plain.
+
+    Raises:
+        RequestError: see :func:`open_model`.
+    """
+    source = locate(pretrained)
+    directory = Path(source.location).expanduser()
+    if not source.gguf_file and _is_quantized(directory):
+        with reading(source):
+            return _dequantized(source, directory, trust_remote_code)
+    config = load_config(source, trust_remote_code)
+    if source.gguf_file is None and getattr(config, "quantization_config", None) is not None:
+        return None
+    try:
+        architecture_of(config)
+    except RequestError:
+        return None
+    return load(pretrained, trust_remote_code), None
+
+
+def _dequantized(source: Source, directory: Path, trust_remote_code: bool) -> tuple[Pretrained, Scheme]:
+    scheme, checkpoint = read(directory)
+    config = load_config(source, trust_remote_code)
+    del config.quantization_config
+    architecture = architecture_of(config)
+    model = skeleton(config, trust_remote_code)
+    run_here(model.config)
+    dense = DenseTensors(checkpoint, config.dtype)
+    carry_stored(model, {name: dense[name].to("meta") for name in dense if carrier(name)})
+    weights = Weights(dense, model, architecture)
+    unknown = sorted(weights.unknown())
+    if unknown:
+        raise RequestError(
+            f"A checkpoint holds exactly its model's tensors, got {unknown[:3]} unknown in {source.location!r}: write "
+            "it again."
+        )
+    return Pretrained(source, model, load_tokenizer(source, trust_remote_code), architecture, weights), scheme
 
 
 def _is_quantized(directory: Path) -> bool:

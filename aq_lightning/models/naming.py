@@ -72,6 +72,12 @@ def from_checkpoint(tensors: Mapping[str, Value], architecture: Architecture) ->
     return result
 
 
+def in_modules(name: str, architecture: Architecture) -> str:
+    """The module's or parameter's name of one tensor in a checkpoint, from any root; many experts' have one."""
+    place = _place(name, architecture)
+    return _back(name, architecture) if place is None else place[0]
+
+
 def renamed(name: str, architecture: Architecture) -> str:
     """The name in checkpoints of a tensor or module that is no expert's, from any root."""
     for module, path in architecture.stored.items():

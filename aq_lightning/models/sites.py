@@ -200,7 +200,7 @@ class Architecture:
     """Parameter (experts, out, in), which stacks a linear of every expert → where checkpoints keep one expert's rows,
     in order and equally many: paths of linears relative to the block, with ``*`` for the expert's number."""
     stored: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Module → its path in checkpoints, where that is another."""
+    """Module of a block, or of the model around them → its path in checkpoints, where that is another."""
     heads: str = "num_attention_heads"
     """Config field with the number of query heads."""
     key_value_heads: str | int = "num_key_value_heads"

@@ -32,7 +32,7 @@ def windows() -> Tensor:
 def test_streams_are_the_models_hidden_states(model: LlamaForCausalLM, windows: Tensor) -> None:
     """Through every block, against transformers' own forward pass of the whole batch."""
     expected = model(windows, output_hidden_states=True).hidden_states
-    stream, arguments = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    stream, arguments = capture(model, windows, FLOAT32, CPU)
     assert_close("input of block 0", expected[0], stream, 1e-6)
     first = run([model.model.layers[0]], arguments[:1], stream, 2, CPU)
     assert_close("input of block 1", expected[1], first, 1e-6)
@@ -44,7 +44,7 @@ def test_streams_are_the_models_hidden_states(model: LlamaForCausalLM, windows: 
 
 def test_comparison_sees_a_missing_mask(model: LlamaForCausalLM, windows: Tensor) -> None:
     """Negative control: the arguments matter."""
-    stream, arguments = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    stream, arguments = capture(model, windows, FLOAT32, CPU)
     whole = run(model.model.layers, arguments, stream, 2, CPU)
     late = [{**others, "position_embeddings": tuple(t.flip(1) for t in others["position_embeddings"])}
             for others in arguments]  # fmt: skip
@@ -53,7 +53,7 @@ def test_comparison_sees_a_missing_mask(model: LlamaForCausalLM, windows: Tensor
 
 def test_capture_leaves_the_model_as_it_was(model: LlamaForCausalLM, windows: Tensor) -> None:
     before, state = model(windows).logits, {name: t.clone() for name, t in model.state_dict().items()}
-    capture(model, model.model.layers, windows, FLOAT32, CPU)
+    capture(model, windows, FLOAT32, CPU)
     assert all("forward" not in vars(block) for block in model.model.layers)
     assert torch.equal(model(windows).logits, before)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -61,27 +61,27 @@ def test_capture_leaves_the_model_as_it_was(model: LlamaForCausalLM, windows: Te
 
 def test_failed_capture_puts_the_blocks_back(model: LlamaForCausalLM) -> None:
     with pytest.raises(IndexError):
-        capture(model, model.model.layers, torch.full((1, 8), 96), FLOAT32, CPU)
+        capture(model, torch.full((1, 8), 96), FLOAT32, CPU)
     assert all("forward" not in vars(block) for block in model.model.layers)
 
 
 def test_capture_needs_no_block_weights(model: LlamaForCausalLM, windows: Tensor) -> None:
-    expected, _ = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    expected, _ = capture(model, windows, FLOAT32, CPU)
     for block in model.model.layers:
         block.to("meta")
-    stream, arguments = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    stream, arguments = capture(model, windows, FLOAT32, CPU)
     assert torch.equal(stream, expected) and len(arguments) == 2
 
 
 def test_batch_size_does_not_matter(model: LlamaForCausalLM, windows: Tensor) -> None:
-    stream, arguments = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    stream, arguments = capture(model, windows, FLOAT32, CPU)
     reference = run(model.model.layers, arguments, stream, 1, CPU)
     for size in (2, 5, 9):
         assert_close(f"batch {size}", reference, run(model.model.layers, arguments, stream, size, CPU), 1e-6)
 
 
 def test_run_returns_a_new_stream(model: LlamaForCausalLM, windows: Tensor) -> None:
-    stream, arguments = capture(model, model.model.layers, windows, StreamStorage(), CPU)
+    stream, arguments = capture(model, windows, StreamStorage(), CPU)
     before = stream.clone()
     result = run(model.model.layers, arguments, stream, 2, CPU)
     assert torch.equal(stream, before) and result.dtype == stream.dtype == torch.float16
@@ -89,10 +89,10 @@ def test_run_returns_a_new_stream(model: LlamaForCausalLM, windows: Tensor) -> N
 
 def test_half_precision_model_is_captured_in_full_precision(model: LlamaForCausalLM, windows: Tensor) -> None:
     """Rotary tables above all: a cosine in float16 is off by 5e-4."""
-    _, expected = capture(model, model.model.layers, windows, FLOAT32, CPU)
+    _, expected = capture(model, windows, FLOAT32, CPU)
     half = tiny_llama().to(torch.float16)
     half.model.rotary_emb = tiny_llama().model.rotary_emb
-    _, arguments = capture(half, half.model.layers, windows, FLOAT32, CPU)
+    _, arguments = capture(half, windows, FLOAT32, CPU)
     for name, reference, actual in zip(
         ("cos", "sin"), expected[0]["position_embeddings"], arguments[0]["position_embeddings"], strict=True
     ):
@@ -101,7 +101,7 @@ def test_half_precision_model_is_captured_in_full_precision(model: LlamaForCausa
 
 
 def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
-    stream, arguments = capture(model, model.model.layers, windows, StreamStorage(), CPU)
+    stream, arguments = capture(model, windows, StreamStorage(), CPU)
     model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     with pytest.raises(RequestError, match="finite torch.float16.*model.streams.dtype"):
         check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU))
@@ -112,7 +112,7 @@ def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
 def test_not_a_number_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     model.model.embed_tokens.weight[3] = float("nan")
     with pytest.raises(RequestError, match="NaN"):
-        capture(model, model.model.layers, torch.full((1, 8), 3), FLOAT32, CPU)
+        capture(model, torch.full((1, 8), 3), FLOAT32, CPU)
 
 
 def test_to_device_reaches_into_containers() -> None:
@@ -126,7 +126,7 @@ def test_streams_of_every_architecture(name: str, windows: Tensor) -> None:
     """Tuples, ALiBi, sliding windows: the last block answers what the model's own loop gets."""
     small = tiny(name, torch.float32)
     last = called(small, len(small.blocks) - 1, tokens=windows)
-    stream, arguments = capture(small.model, small.blocks, windows, FLOAT32, CPU)
+    stream, arguments = capture(small.model, windows, FLOAT32, CPU)
     for size in (2, 5):
         assert_close("last hidden state", last.answer, run(small.blocks, arguments, stream, size, CPU), 1e-5)
 
@@ -134,7 +134,7 @@ def test_streams_of_every_architecture(name: str, windows: Tensor) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_attached_block_takes_captured_arguments(name: str, windows: Tensor) -> None:
     small = tiny(name, torch.float32)
-    stream, arguments = capture(small.model, small.blocks, windows, FLOAT32, CPU)
+    stream, arguments = capture(small.model, windows, FLOAT32, CPU)
     attached = attach(small.blocks[0], small.architecture, small.heads, {}, None, Scheme.parse("w4a16"), torch.float32)
     expected = run(small.blocks[:1], arguments[:1], stream, 5, CPU)
     with torch.no_grad():

@@ -1,0 +1,164 @@
+"""What a run would do and cost, before it begins: shapes, and two steps on a random block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from transformers import AutoModelForCausalLM
+
+from aq_lightning.calibration import (
+    BlockCalibration,
+    LiveWindow,
+    Pairs,
+    Position,
+    capture,
+    observed,
+    peak_memory,
+    reset_peak_memory,
+)
+from aq_lightning.experts import run_here
+from aq_lightning.models.loading import Pretrained
+from aq_lightning.preparation import Prepared
+from aq_lightning.quantizers import quantized_activations
+
+_VOCABULARY = 64  # tokens of the random model
+_STEPS = 2
+_PASSES = 7  # full precision, four candidates, the merged block, and on to the next
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one random block of the model's shape, on this machine."""
+
+    step: float
+    """Seconds of a training step; 0: nothing is trained."""
+    forward: float
+    """Seconds of a pass of one batch."""
+    rest: float
+    """Seconds of rounding for good."""
+    memory: int
+    """Peak bytes of the device with two batches, on a CPU of the whole process."""
+
+
+class Probe:
+    """A random block of a model's shape, calibrated for two steps.
+
+    Args:
+        prepared: the model and the recipe.
+        device: where blocks are worked on.
+        length: tokens of a window.
+    """
+
+    def __init__(self, prepared: Prepared, device: torch.device, length: int) -> None:
+        self.prepared, self.device = prepared, device
+        size = prepared.recipe.batch_size * _STEPS
+        self.windows = torch.randint(_VOCABULARY, (size, length))
+        self.model = Pretrained(prepared.source, self._random_model(), None, prepared.architecture)
+
+    def measure(self, trainer: Trainer) -> Measured:
+        """Two steps of training, the second of which counts, one pass and one merge."""
+        recipe = self.prepared.recipe
+        reset_peak_memory(self.device)
+        stream, arguments = capture(self.model.shell(), self.windows, recipe.streams, self.device)
+        live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
+        with observed(live.blocks, self.prepared.architecture.sites) as activations:
+            target = live.run(stream)
+        forward = self._seconds(lambda: live.run(stream)) / _STEPS
+        with quantized_activations(live.blocks, recipe.scheme.activation):
+            module = BlockCalibration(live.attach(activations), live.arguments, recipe, Position(0, 0, 1))
+            stopwatch = _Stopwatch(self._now)
+            trainer.callbacks.append(stopwatch)
+            if module.trainable():
+                trainer.fit(module, Pairs(stream, target, recipe.batch_size, 0))
+                module.to(self.device)
+            rest = self._seconds(lambda: live.merge(module.blocks))
+        return Measured(stopwatch.seconds, forward, rest, peak_memory(self.device))
+
+    def _random_model(self) -> torch.nn.Module:
+        """One block and a few tokens, in the storage dtype; the weights are those that training would start from."""
+        config = type(self.prepared.config).from_dict(self.prepared.config.to_dict())
+        config.num_hidden_layers, config.vocab_size, config.dtype = 1, _VOCABULARY, self.prepared.storage
+        config.pad_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        run_here(model.config)
+        return model
+
+    def _seconds(self, work: object) -> float:
+        began = self._now()
+        work()
+        return self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+
+class _Stopwatch(Callback):
+    """Seconds of the last step."""
+
+    def __init__(self, now: partial) -> None:
+        self.now, self.seconds, self.began = now, 0.0, 0.0
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.began = self.now()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds = self.now() - self.began
+
+
+def plan_lines(prepared: Prepared, measured: Measured, shape: tuple[int, int], epochs: int) -> Iterator[str]:
+    """The plan as text.
+
+    Args:
+        prepared: the model and the recipe.
+        measured: what :class:`Probe` found.
+        shape: samples and length.
+        epochs: of every block.
+    """
+    recipe, (samples, length) = prepared.recipe, shape
+    yield f"{prepared.config.model_type}: {prepared.blocks} blocks, {recipe.scheme}"
+    yield from prepared.sites()
+    yield from prepared.notes
+    yield f"bits per weight: {prepared.bits():.3f}"
+    yield str(prepared.disk(samples * length))
+    for name, count in memory(prepared, measured, shape).items():
+        yield f"{name} memory: {count / 1e9:.2f} GB"
+    block = block_seconds(measured, -(-samples // recipe.batch_size), epochs, recipe.objective.same_input)
+    yield f"time: {block:.1f} s a block, {block * prepared.blocks / 3600:.2f} h for all, without scoring"
+
+
+def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
+    """Of one block: steps, passes of all samples, and rounding."""
+    passes = (_PASSES + same_input) * batches * measured.forward
+    return epochs * batches * measured.step + passes + measured.rest
+
+
+def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int]) -> dict[str, int]:
+    """Peak bytes by device: what the probe took, and all streams instead of the probe's.
+
+    There are four at once: both that enter the block, the target, and the one that is being computed. Beside a GPU, the
+    host holds the next block and, while the result is written, as much as a block in float32 takes.
+    """
+    samples, length = shape
+    storage = prepared.recipe.streams
+    more = max(samples - _STEPS * prepared.recipe.batch_size, 0)
+    streams = 4 * more * length * prepared.config.get_text_config().hidden_size * storage.torch_dtype.itemsize
+    block = sum(parameter.numel() for parameter in prepared.attached.block.parameters())
+    outside = sum(parameter.numel() for parameter in prepared.model.parameters()) - prepared.blocks * block
+    host = 4 * max(outside, 0) + (4 + prepared.storage.itemsize) * block
+    if not torch.cuda.is_available():
+        return {"host": measured.memory + streams + prepared.storage.itemsize * block}
+    own = peak_memory(torch.device("cpu"))
+    on_device = storage.place == "device"
+    return {
+        "GPU": measured.memory + (streams if on_device else 0),
+        "host": own + host + (0 if on_device else streams),
+    }

@@ -1,0 +1,97 @@
+"""What is known of a run before weights are read: from the model's configuration and the recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from aq_lightning.calibration import AttachedBlock, adapt, attach, merge
+from aq_lightning.disk import DiskUse, disk_use
+from aq_lightning.errors import RequestError
+from aq_lightning.evaluation import effective_bits, overhead_lines
+from aq_lightning.language_model import QuantizedLanguageModel
+from aq_lightning.models.loading import Source, load_config, locate, skeleton, storage_of
+from aq_lightning.models.lookup import architecture_of, heads_of
+from aq_lightning.models.sites import Architecture
+from aq_lightning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and a recipe that suit each other."""
+
+    source: Source
+    """Where the model's files are."""
+    config: PreTrainedConfig
+    """Of the model."""
+    architecture: Architecture
+    """Of the model."""
+    model: PreTrainedModel
+    """The model on the meta device."""
+    recipe: Recipe
+    """What folds in the model, or is declared online."""
+    attached: AttachedBlock
+    """One of its blocks with the recipe."""
+    storage: torch.dtype
+    """Of the checkpoint's tensors that are not integers."""
+    notes: tuple[str, ...]
+    """What a user should know before the run."""
+
+    @property
+    def blocks(self) -> int:
+        """Their number."""
+        return len(self.model.get_submodule(self.architecture.blocks))
+
+    def disk(self, tokens: int) -> DiskUse:
+        """What the run takes at most, if it keeps the streams of so many tokens."""
+        stream = tokens * self.config.get_text_config().hidden_size
+        return disk_use(self.model, self.attached, self.blocks, self.recipe, stream)
+
+    def bits(self) -> float:
+        """Effective bits per weight of the result."""
+        shared = {id(self.architecture): self.architecture}
+        return effective_bits(merge(deepcopy(self.attached, shared), self.storage))
+
+    def sites(self) -> Iterator[str]:
+        """For each site of a block, what folds there and what stays online."""
+        for site in self.architecture.sites:
+            parts = self.attached.transforms[site.name].factors if site.name in self.attached.transforms else ()
+            names = [f"{type(part).__name__}{' (online)' if part.online else ''}" for part in parts]
+            ends = f"{site.producer} → {', '.join(site.consumers) or site.dual}"
+            yield f"{site.name:<16} {', '.join(names) or 'nothing'}  ({ends})"
+
+
+def prepare(model: QuantizedLanguageModel) -> Prepared:
+    """Everything that can be refused before weights are read and files are written; adapts the recipe if asked.
+
+    Raises:
+        RequestError: the model is not known, is quantized already, or cannot take the recipe.
+    """
+    source = locate(model.pretrained)
+    config = load_config(source, model.trust_remote_code)
+    if not source.gguf_file and getattr(config, "quantization_config", None) is not None:
+        raise RequestError(
+            f"A model to calibrate has full-precision weights, got {model.pretrained!r}, which is quantized already: "
+            "name the original."
+        )
+    architecture = architecture_of(config)
+    shell, recipe, notes = skeleton(config), model.recipe, []
+    blocks = shell.get_submodule(architecture.blocks)
+    block, heads = blocks[0], heads_of(config, architecture)
+    if model.adapt:
+        folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
+        recipe = replace(recipe, transforms=folding)
+        notes += [f"left out: {refusal}" for refusal in refusals]
+    storage = storage_of(source, config)
+    quantizer, scheme = recipe.weight_quantizer, recipe.scheme
+    attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    if architecture.experts and model.references:
+        raise RequestError("References stand for linears alone, got a model with experts: leave out model.references.")
+    if architecture.experts and not scheme.weight.symmetric:
+        notes.append(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
+    notes += overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits)
+    return Prepared(source, config, architecture, shell, recipe, attached, storage, tuple(notes))

@@ -1,0 +1,76 @@
+"""A plan is what the run then does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import CONFIGS
+
+from aq_lightning.cli import main
+from aq_lightning.plan import Measured, block_seconds
+
+
+@pytest.fixture
+def plan(model_directory: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What is printed for the tiny model."""
+
+    def run(*more: str, config: str = "affinequant.yaml") -> str:
+        sizes = ["--data.samples=8", "--data.length=32", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+        main(["plan", f"--config={CONFIGS / config}", f"--model.pretrained={model_directory}", *sizes, *more])
+        return capsys.readouterr().out
+
+    return run
+
+
+def size(text: str, name: str) -> float:
+    """Bytes after a name."""
+    number, unit = re.search(rf"{name}:? ([\d.]+) ([kMG]B)", text).groups()
+    return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def used(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("scheme", ["w3a16g32", "w4a4"])
+def test_plan_is_what_the_run_does(
+    plan: Callable[..., str], fit: Callable[..., Path], tmp_path: Path, scheme: str
+) -> None:
+    """Bits exactly; disk and memory within 25 %."""
+    text = plan(f"--model.scheme={scheme}")
+    run = fit(scheme, tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    bits = float(re.search(r"bits per weight: ([\d.]+)", text)[1])
+    assert bits == pytest.approx(results["rows"][-1]["bits"], abs=1e-3)
+    assert size(text, "result") == pytest.approx(used(run / "checkpoint"), rel=0.25)
+    assert size(text, "blocks") == pytest.approx(used(run / "blocks"), rel=0.25)
+    peak = max(block["peak_memory_bytes"] for block in results["blocks"])
+    assert size(text, "host memory") == pytest.approx(peak, rel=0.25)
+
+
+def test_plan_names_what_folds_and_what_stays_online(plan: Callable[..., str]) -> None:
+    text = plan("--model.scheme=w4a16")
+    assert re.search(r"^value_output +Diagonal, Affine +\(self_attn.v_proj → self_attn.o_proj\)$", text, re.M)
+    assert "online" not in text
+    text = plan("--model.scheme=w4a16", config="affinequant-dense.yaml")
+    assert re.search(r"^attention_input +Shift, Diagonal, Affine \(online\)", text, re.M)
+    assert "multiply–adds per token" in text
+
+
+def test_plan_of_a_method_without_training(plan: Callable[..., str]) -> None:
+    assert re.search(r"time: [\d.]+ s a block", plan(config="rtn.yaml"))
+
+
+def test_time_counts_steps_and_passes() -> None:
+    measured = Measured(step=2.0, forward=0.5, rest=3.0, memory=0)
+    assert block_seconds(measured, batches=10, epochs=20, same_input=True) == 20 * 10 * 2.0 + 8 * 10 * 0.5 + 3.0
+
+
+def test_plan_writes_nothing(plan: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan(f"--out={tmp_path / 'run'}")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,46 @@
+"""Host memory does not grow with the number of blocks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import CONFIGS, ROOT, tiny_llama, word_tokenizer
+
+FEW, MANY = 8, 64  # blocks
+PEAK = """
+import resource, sys
+from aq_lightning.cli import main
+from aq_lightning.export import parity
+parity._MEMORY = 2**23  # bytes; by default a few GB of blocks are compared with a client
+main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(directory: Path, text_file: Path, blocks: int) -> int:
+    """Peak resident set, in KiB, of a process that calibrates a model of so many blocks of 2 MB, scores and exports."""
+    model = tiny_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=blocks).half()
+    model.save_pretrained(directory / "model", max_shard_size="15MB")
+    word_tokenizer().save_pretrained(directory / "model")
+    assert len(list((directory / "model").glob("*.safetensors"))) > blocks / 8
+    arguments = [
+        "fit", f"--config={CONFIGS / 'affinequant.yaml'}", f"--model.pretrained={directory / 'model'}",
+        "--model.scheme=w4a16g64", f"--data.source={text_file}", "--data.samples=4", "--data.length=16",
+        "--data.evaluation_length=16", "--data.evaluation_samples=2", "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu", f"--out={directory / 'run'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (directory / "run" / "results.json").is_file()
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of the peak is another elsewhere")
+def test_host_memory_is_flat_in_the_number_of_blocks(tmp_path: Path, text_file: Path) -> None:
+    """From 8 blocks to 64 the peak stays within 5 %; read whole, the model alone would add more than 100 MB."""
+    few, many = (peak(tmp_path / str(blocks), text_file, blocks) for blocks in (FEW, MANY))
+    assert many <= 1.05 * few, f"{FEW} blocks: {few / 1024:.0f} MiB, {MANY} blocks: {many / 1024:.0f} MiB"
