@@ -155,7 +155,7 @@ class Bench:
         live = LiveWindow(model, range(1), arguments, recipe, self.device)
         with observed(live.blocks, SPEC.sites) as activations:
             target = live.run(stream)
-        module = BlockCalibration(live.attach(activations), live.arguments, recipe, Position(0, 0, 1))
+        module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
         watch, name = Stopwatch(self.device), f"{method}-{self.shape.hidden}"
         steps = WARM_UP + self.steps
         quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
