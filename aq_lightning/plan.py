@@ -70,13 +70,13 @@ class Probe:
             target = live.run(stream)
         forward = self._seconds(lambda: live.run(stream)) / _STEPS
         with quantized_activations(live.blocks, recipe.scheme.activation):
-            module = BlockCalibration(live.attach(activations), live.arguments, recipe, Position(0, 0, 1))
+            module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
             stopwatch = _Stopwatch(self._now)
             trainer.callbacks.append(stopwatch)
             if module.trainable():
                 trainer.fit(module, Pairs(stream, target, recipe.batch_size, 0))
                 module.to(self.device)
-            rest = self._seconds(lambda: live.merge(module.blocks))
+            rest = self._seconds(lambda: live.merge(module.blocks, [{}]))
         return Measured(stopwatch.seconds, forward, rest, peak_memory(self.device))
 
     def _random_model(self) -> torch.nn.Module:
@@ -154,8 +154,10 @@ def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int]) -> di
     block = sum(parameter.numel() for parameter in prepared.attached.block.parameters())
     outside = sum(parameter.numel() for parameter in prepared.model.parameters()) - prepared.blocks * block
     host = 4 * max(outside, 0) + (4 + prepared.storage.itemsize) * block
+    if prepared.source.gguf_file is not None:  # dequantized whole, and copied, both in float32
+        host = 8 * sum(parameter.numel() for parameter in prepared.model.parameters())
     if not torch.cuda.is_available():
-        return {"host": measured.memory + streams + prepared.storage.itemsize * block}
+        return {"host": measured.memory + streams + host}
     own = peak_memory(torch.device("cpu"))
     on_device = storage.place == "device"
     return {

@@ -151,8 +151,8 @@ class Bench:
         """The fit of one block by a Trainer, as in a run."""
         recipe = replace(recipe_of(*OURS[method]), batch_size=self.batch, **changes)
         model, _, _ = self.model(torch.float32)
-        stream, arguments = capture(model.model, model.blocks, tokens(), recipe.streams, self.device)
-        live = LiveWindow(model, range(1), arguments, recipe, self.device)
+        stream, arguments = capture(model.shell(), tokens(), recipe.streams, self.device)
+        live = LiveWindow(model, model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, SPEC.sites) as activations:
             target = live.run(stream)
         module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
@@ -187,7 +187,7 @@ class Bench:
         with self.device:
             pretrained = Pretrained(Source("random"), LlamaForCausalLM(config).eval().requires_grad_(False), None, SPEC)
         storage = replace(recipe_of("rtn.yaml", "w4a16").streams, dtype=str(dtype).removeprefix("torch."))
-        stream, arguments = capture(pretrained.model, pretrained.blocks, tokens(), storage, self.device)
+        stream, arguments = capture(pretrained.shell(), tokens(), storage, self.device)
         return pretrained, stream, {name: _moved(value, self.device) for name, value in arguments[0].items()}
 
     def peak(self) -> float:
