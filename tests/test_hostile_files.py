@@ -115,8 +115,8 @@ def test_missing_tensor_and_nan(copy: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][3, 5] = float("nan")
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RequestError, match=rf"weights are finite, got NaN or infinity in {name}"):
-        load(str(copy))
+    with pytest.raises(RequestError, match=r"weights are finite, got NaN or infinity in .*mlp.up_proj.weight"):
+        load(str(copy)).block(1)  # which reads it
     tensors["padding"] = tensors.pop(name).zero_()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(RequestError, match=rf"all its tensors, got .* without {name}"):

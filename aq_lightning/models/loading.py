@@ -141,6 +141,8 @@ def load(pretrained: str, trust_remote_code: bool = False) -> Pretrained:
     except RequestError as reason:
         model, weights, whole = load_model(source, "auto", trust_remote_code), None, str(reason)
     else:
+        if Path(source.location).is_dir():
+            check_numbers(model, stored_numbers(Path(source.location)), source.location)
         with suppress(OSError):  # there is none
             model.generation_config = GenerationConfig.from_pretrained(source.location)
     run_here(model.config)
