@@ -183,6 +183,7 @@ class Bench:
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.key_value,
             max_position_embeddings=LENGTH,
+            dtype=torch.float16,  # of the checkpoint
         )
         with self.device:
             pretrained = Pretrained(Source("random"), LlamaForCausalLM(config).eval().requires_grad_(False), None, SPEC)

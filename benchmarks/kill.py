@@ -1,6 +1,7 @@
 """Kills a calibration at random instants, lets it go on until it is done, and compares every byte of the result.
 
-python benchmarks/kill.py --kills 100 [--device cuda] [--compiled true] [--seed 0] [--keep_streams false]
+python benchmarks/kill.py --kills 100 [--device cuda] [--compiled true] [--captured false] [--seed 0]
+    [--keep_streams false]
 
 A nursery process imports everything once and forks a child for every life of a run. A child dies of SIGKILL at an
 event (the n-th write, sync, rename or optimizer step, a write being cut in half) or at an instant of the clock.
@@ -113,7 +114,10 @@ def kill_until_done(
             if life.status != -signal.SIGKILL:
                 raise RuntimeError(f"a life ended with {life.status}: see its log")
             counts["kills by event" if by_event else "kills by clock"] += 1
-        counts["same bytes" if digests(run) == expected else "OTHER BYTES"] += 1
+        found = digests(run)
+        counts["same bytes" if found == expected else "OTHER BYTES"] += 1
+        for name in sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+            print(f"{run.name}: {name} differs", flush=True)
         yield counts
         if counts["kills by event"] + counts["kills by clock"] >= kills:
             return
@@ -227,6 +231,7 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep_streams", choices=("true", "false"), default="true")
     parser.add_argument("--compiled", choices=("true", "false"), default="false")
+    parser.add_argument("--captured", choices=("true", "false", "null"), default="null")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
@@ -235,7 +240,8 @@ def _main() -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         tiny_model(directory / "model")
-        more = ["--keep_streams", options.keep_streams, "--model.compiled", options.compiled]
+        more = ["--keep_streams", options.keep_streams]
+        more += ["--model.compiled", options.compiled, "--model.captured", options.captured]
         command = tiny_fit(directory / "model", *more, device=options.device)
         counts: Counter[str] = Counter()
         with Nursery(directory / "log") as nursery:

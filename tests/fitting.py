@@ -24,7 +24,10 @@ from callbacks import GradualMask
 
 CPU = torch.device("cpu")
 LIGHTNING = pytest.mark.filterwarnings(  # of Lightning itself
-    "ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*module\\(s\\) in eval mode"
+    "ignore:.*LeafSpec",
+    "ignore:.*does not have many workers",
+    "ignore:.*module\\(s\\) in eval mode",
+    "ignore:GPU available but not used",
 )
 
 
@@ -47,7 +50,7 @@ def fitted(
         "optimizer": torch.optim.Adam,
         "learning_rates": LearningRates(1e-3, 1e-2),
         "decay": "none",
-        "batch_size": 4,
+        "batch_size": batch,
         "plan": WindowPlan(),
         "streams": StreamStorage("float32", "host"),
         "compiled": False,

@@ -101,11 +101,12 @@ class BlockCalibration(Captured):
             matrix.residual.zero_()
             matrix.worst_bound.zero_()
 
-    def recordable(self) -> bool:
+    def recordable(self, samples: int) -> bool:
+        full = samples == self.recipe.batch_size
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
         scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
         routed = any(block.architecture.experts for block in self.blocks)  # tokens, which decides every shape
-        return self._wanted(self.recipe.captured) and alone and not scaled and not routed
+        return self._wanted(self.recipe.captured) and full and alone and not scaled and not routed
 
     def _wanted(self, choice: bool | None) -> bool:
         """What the recipe says, or where it says nothing, whether this is a GPU."""

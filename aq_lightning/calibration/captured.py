@@ -31,8 +31,14 @@ class Graph:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self.result = work()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self.result = work()
+        except RuntimeError:
+            generator.graphsafe_set_state(before)  # which otherwise believes for ever that it is being recorded
+            raise
 
     def replay(self) -> Tensor | None:
         """Does the work again; what ``work`` returned when it was recorded."""
@@ -43,8 +49,10 @@ class Graph:
 class Captured(MicroBatched):
     """A module that records its step on a GPU and replays it for every full batch.
 
-    Recording happens in the first step of a fit. Gradients are written by each replay, not added up, and so are never
-    cleared. Batches of another size, and those that are cut for want of memory, run as they would without.
+    Recording happens at the first full batch of a fit, or of what is left of it: a replay may differ from a plain step
+    in the last bit, so which steps are replays must not depend on where a fit goes on. Gradients are written by each
+    replay, not added up, and so are never cleared. Batches of another size, and those that are cut for want of memory,
+    run as they would without.
     """
 
     def __init__(self) -> None:
@@ -54,8 +62,8 @@ class Captured(MicroBatched):
         self._after: Graph | None = None
         self._replayed = self._refused = False
 
-    def recordable(self) -> bool:
-        """Whether steps may be recorded."""
+    def recordable(self, samples: int) -> bool:
+        """Whether steps of that many samples may be recorded."""
         raise NotImplementedError
 
     def after_update(self) -> None:
@@ -72,7 +80,7 @@ class Captured(MicroBatched):
         self._replayed = False
         if self._step is not None and self.micro_batch:
             self.forget()
-        if self._step is None and not self._refused and not self.micro_batch and self.recordable():
+        if self._step is None and not self._refused and not self.micro_batch and self.recordable(len(batch[0])):
             self._record(batch)
         if self._step is None or batch[0].shape != self._batch[0].shape:
             return super().training_step(batch, batch_idx)
@@ -90,6 +98,9 @@ class Captured(MicroBatched):
             self._after.replay()
         else:
             self.after_update()
+
+    def on_fit_end(self) -> None:
+        self.forget()  # and with it the memory of its intermediate results
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if not self._replayed:  # a replay has done it

@@ -53,6 +53,11 @@ def test_a_last_batch_of_another_size_is_not_replayed(recorders: list[Recorder])
     assert plain.losses == pytest.approx(replayed.losses, rel=1e-5)
 
 
+def test_only_full_batches_are_recorded(recorders: list[Recorder]) -> None:
+    fitted(captured=True, batch=16)  # of 8 samples
+    assert not recorders
+
+
 def test_what_is_not_finite_is_found_in_replays_too(recorders: list[Recorder]) -> None:
     result = fitted([Sabotage("value_output.factors.0.log_scale", math.nan, epoch=2)], captured=True)
     assert result.attempts == 2 and result.causes == (Cause(0, "", "loss", None, 2),)
@@ -78,8 +83,28 @@ def test_steps_that_cannot_be_recorded_go_on_plain(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_of_a_gpu(compiled: bool) -> None:
+def test_graphs_of_a_gpu(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[captured.Graph] = []
+
+    class Counted(captured.Graph):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(captured, "Graph", Counted)
     plain, replayed = (
         fitted(captured=captured, compiled=compiled, device=torch.device("cuda")) for captured in (False, True)
     )
+    assert len(made) == 2
     assert plain.losses == pytest.approx(replayed.losses, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_refused_recording_leaves_the_gpu_usable() -> None:
+    def work() -> Tensor:
+        return torch.ones((), device="cuda").cpu()  # waits for the device, which a graph cannot
+
+    with pytest.raises(RuntimeError):
+        captured.Graph(work, warm_up=0)
+    torch.manual_seed(0)
+    assert torch.randn(4, device="cuda").isfinite().all()

@@ -182,14 +182,6 @@ def _fake_quantize_bwd_kernel(
         tl.store(d_direction + i_chunk * width + o_col, b_dd, mask=o_in < size)
 
 
-def _plan(height: int, size: int, groups: int) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, rows of a program, warps."""
-    columns = triton.next_power_of_2(size)
-    rows = max(1, _TILE // columns)
-    chunk = max(rows, _CHUNK if groups == 1 else 64)
-    return rows, columns, chunk, 4 if columns * rows <= _TILE else 16
-
-
 def forward(request: Request) -> tuple[Tensor, Tensor]:
     """As :func:`naive.fake_quantize`; ``low`` is float32."""
     value, low = request.value, request.low
