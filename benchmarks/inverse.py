@@ -12,11 +12,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from aq_lightning.transforms.inverse import TOLERANCE, inverse
+from aq_lightning.calibration.captured import Graph
+from aq_lightning.transforms.inverse import _LEAF, TOLERANCE, inverse
 
 SIZES = ((3, 64), (8, 128), (32, 128), (1, 576), (1, 4096))
 
@@ -31,12 +34,24 @@ def matrices(blocks: int, size: int, device: str) -> Tensor:
     return matrix.to(device)
 
 
-def ways(start: Tensor, wait: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def ways(start: Tensor, wait: bool, leaves: list[int]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Method → matrix ↦ inverse."""
-    ours = {
-        method: lambda m, method=method: inverse(m, method, start, wait)[0] for method in ("lu", "newton", "pivoted")
-    }
-    return {"torch.linalg.inv": torch.linalg.inv, **ours}
+
+    def halved(matrix: Tensor, leaf: int) -> Tensor:
+        with patch("aq_lightning.transforms.inverse._LEAF", leaf):
+            return inverse(matrix, "lu", start, wait)[0]
+
+    lu = {f"lu, leaves of {leaf}": partial(halved, leaf=leaf) for leaf in leaves}
+    others = {method: lambda m, method=method: inverse(m, method, start, wait)[0] for method in ("newton", "pivoted")}
+    return {"torch.linalg.inv": torch.linalg.inv, **lu, **others}
+
+
+def recorded(run: Callable[[], object]) -> Callable[[], None] | None:
+    """The same work replayed from a CUDA graph; None if it cannot be recorded."""
+    try:
+        return Graph(run, warm_up=3).replay
+    except RuntimeError:
+        return None
 
 
 def milliseconds(run: Callable[[], object], device: str, repetitions: int) -> float:
@@ -53,7 +68,7 @@ def milliseconds(run: Callable[[], object], device: str, repetitions: int) -> fl
 
 
 def figures(invert: Callable[[Tensor], Tensor], matrix: Tensor, weight: Tensor, repetitions: int) -> list[str]:
-    """Residual, error of the gradient, and if both are in tolerance the two times."""
+    """Residual, error of the gradient, and if both are in tolerance three times."""
     identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
 
     def both(invert: Callable[[Tensor], Tensor] = invert) -> Tensor:
@@ -63,10 +78,10 @@ def figures(invert: Callable[[Tensor], Tensor], matrix: Tensor, weight: Tensor, 
         residual = float((identity - matrix @ invert(matrix)).abs().sum(-1).max())
     expected = both(torch.linalg.inv)
     error = float((both() - expected).norm() / expected.norm())
-    times = ["–", "–"]
+    times, device = ["–", "–", "–"], matrix.device.type
     if residual <= TOLERANCE and error <= TOLERANCE:
-        runs = (lambda: invert(matrix.detach()), both)
-        times = [f"{milliseconds(run, matrix.device.type, repetitions):.3f}" for run in runs]
+        runs = (lambda: invert(matrix.detach()), both, recorded(both) if device == "cuda" else None)
+        times = [f"{milliseconds(run, device, repetitions):.3f}" if run else "–" for run in runs]
     return [f"{residual:.1e}", f"{error:.1e}", *times]
 
 
@@ -75,16 +90,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--largest", type=int, default=4096, help="leaves larger matrices out")
+    parser.add_argument("--leaves", type=int, nargs="+", default=[_LEAF], help="matrices that elimination does not cut")
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if given.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; milliseconds, median of {given.repetitions}\n")
-    print("| matrices | method | ‖I − A X‖∞ | gradient error | forward | forward + backward |")
-    print("|---|---|---|---|---|---|")
+    print("| matrices | method | ‖I − A X‖∞ | gradient error | forward | forward + backward | both, recorded |")
+    print("|---|---|---|---|---|---|---|")
     for blocks, size in ((blocks, size) for blocks, size in SIZES if size <= given.largest):
         matrix = matrices(blocks, size, given.device).requires_grad_()
         start = torch.linalg.inv(matrix.detach() + 0.05 * torch.randn_like(matrix) / size)
         weight = torch.randn_like(matrix)
-        for method, invert in ways(start, wait=given.device == "cpu").items():
+        for method, invert in ways(start, given.device == "cpu", given.leaves).items():
             entries = [f"{blocks} × {size}²", method, *figures(invert, matrix, weight, given.repetitions)]
             print(f"| {' | '.join(entries)} |", flush=True)
 

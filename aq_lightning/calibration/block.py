@@ -106,7 +106,8 @@ class BlockCalibration(Captured):
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
         scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
         routed = any(block.architecture.experts for block in self.blocks)  # tokens, which decides every shape
-        return self._wanted(self.recipe.captured) and full and alone and not scaled and not routed
+        waits = any(matrix.method == "pivoted" for matrix in self.matrices())  # for the device, inside the library
+        return self._wanted(self.recipe.captured) and full and alone and not (scaled or routed or waits)
 
     def _wanted(self, choice: bool | None) -> bool:
         """What the recipe says, or where it says nothing, whether this is a GPU."""

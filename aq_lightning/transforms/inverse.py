@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from aq_lightning.kernels.elimination import eliminate
+
 Method = Literal["lu", "newton", "pivoted"]
 """How :func:`inverse` is computed."""
 
 TOLERANCE = 1e-9
 """Greatest residual ``‖I − A X‖∞`` at which ``X`` passes for the inverse."""
-_LEAF = 128  # size up to which one call of the library is fastest
+_LEAF = 128  # size up to which one call of the library, or of the kernel, is fastest
 _STEPS = 5  # of Newton's iteration: from a residual of 0.3, what one optimizer step leaves, to rounding
 
 
@@ -115,10 +117,5 @@ def _eliminated(matrix: Tensor) -> Tensor:
 
 
 def _leaf(matrix: Tensor) -> Tensor:
-    """LU without pivoting and two triangular solves; LAPACK has none without, so a CPU pivots inside a leaf."""
-    if not matrix.is_cuda:
-        return torch.linalg.inv_ex(matrix).inverse
-    factors = torch.linalg.lu_factor_ex(matrix, pivot=False).LU
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    lower = torch.linalg.solve_triangular(factors, identity, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(factors, lower, upper=True)
+    """By a kernel that graphs can record: the library's own calls wait for the device. LAPACK pivots inside a leaf."""
+    return eliminate(matrix) if matrix.is_cuda else torch.linalg.inv_ex(matrix).inverse

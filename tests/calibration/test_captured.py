@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def test_a_last_batch_of_another_size_is_not_replayed(recorders: list[Recorder])
 
 def test_only_full_batches_are_recorded(recorders: list[Recorder]) -> None:
     fitted(captured=True, batch=16)  # of 8 samples
+    assert not recorders
+
+
+def test_inverses_with_pivoting_are_not_recorded(recorders: list[Recorder]) -> None:
+    fitted(captured=True, affine=partial(Affine, dominance=None))
     assert not recorders
 
 

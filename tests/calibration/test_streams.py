@@ -42,6 +42,19 @@ def test_streams_are_the_models_hidden_states(model: LlamaForCausalLM, windows: 
     assert_close("logits", model(windows).logits, logits, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_products_are_as_exact_as_the_stream(dtype: torch.dtype) -> None:
+    device, seen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+
+    def block(hidden: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return hidden
+
+    run([block], [{}], torch.ones(3, 4, 8, dtype=dtype), 2, device)
+    assert set(seen) == {"high" if device.type == "cuda" and dtype == torch.float16 else "highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_comparison_sees_a_missing_mask(model: LlamaForCausalLM, windows: Tensor) -> None:
     """Negative control: the arguments matter."""
     stream, arguments = capture(model, windows, FLOAT32, CPU)
