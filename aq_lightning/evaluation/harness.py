@@ -94,7 +94,7 @@ def ask(
             own = task.get_config("num_fewshot")  # 0 is meant: such a task has no examples
             task.set_config(key="num_fewshot", value=(own or 0) if shots is None or own == 0 else shots)
             task.set_fewshot_seed(seed=_SEED)
-        model = _harness_model(likelihoods, tokenizer)
+        model = harness_model(likelihoods, tokenizer)
         results = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     return dict(_scores(names, results["samples"], results.get("group_subtasks", {})))
 
@@ -116,7 +116,7 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for member in members for leaf in _leaves(member, groups)] if members else [name]
 
 
-def _harness_model(likelihoods: Likelihoods, tokenizer: PreTrainedTokenizerBase) -> Any:
+def harness_model(likelihoods: Likelihoods, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model as lm-eval sees it; the class is made here because its base may not be installed."""
     from lm_eval.api.model import TemplateLM
 
