@@ -22,20 +22,17 @@ from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
-from aq_lightning.evaluation import Row, check_reference, render
+from aq_lightning.evaluation import Row, check_reference, render, render_scores
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import (
-    Pretrained,
-    load,
-    load_tokenizer,
-    locate,
-)
+from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import prepare
 from aq_lightning.quiet import quiet
+from aq_lightning.scorecard import Scorecard, as_data
+from aq_lightning.scoring import Opening
 from aq_lightning.verbs import BY_NAME, VERBS
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -66,7 +63,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": _PARSER},
+            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": {**_PARSER, "scores": True}},
         )
 
     @staticmethod
@@ -78,11 +75,14 @@ class CommandLine(LightningCLI):
             "test": {*internal, "dataloaders", "verbose"},
         }
 
-    def init_parser(self, guards: bool = False, **options: object) -> LightningArgumentParser:
-        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too."""
+    def init_parser(self, guards: bool = False, scores: bool = False, **options: object) -> LightningArgumentParser:
+        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too, that of `test` a
+        :class:`Scorecard`."""
         parser = super().init_parser(**options)
         if guards:
             parser.add_class_arguments(Guards, as_group=False)
+        if scores:
+            Scorecard.add_to(parser)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -152,16 +152,19 @@ class CommandLine(LightningCLI):
         print(f"checkpoint: {run.checkpoint}\nchecked: {run.results['parity']}")
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
-        """Scores ``--model.pretrained``, quantized or not; with ``--out``, writes ``test.json`` there too."""
-        source = locate(model.pretrained)
-        datamodule.attach_tokenizer(load_tokenizer(source, model.trust_remote_code))
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
-        row = comparison.checkpoint(model.pretrained, model.pretrained, model.trust_remote_code)
+        """Scores ``--model.pretrained`` or all of ``--compare``; with ``--out``, writes ``test.json`` there too."""
+        place, code = model.recipe.streams.place, model.trust_remote_code
+        card = Scorecard.of(self._section)
+        opening = Opening(self.trainer.strategy.root_device, place, card.loader, code)
+        table = []
+        for scored in card.score(model.pretrained, opening, datamodule):
+            print(f"{scored.model}: scored as read by {scored.reader}", flush=True)
+            table.append(scored)
         if self._section.out is not None:
             out = Path(self._section.out)
             out.mkdir(parents=True, exist_ok=True)
-            (out / "test.json").write_text(json.dumps({"rows": [row.as_dict()]}, indent=2))
-        print(render([row]))
+            (out / "test.json").write_text(json.dumps(as_data(table), indent=2))
+        print(render_scores(table))
 
     def _calibrate(
         self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards

@@ -18,7 +18,16 @@ from aq_lightning.calibration import attach, capture, merge
 from aq_lightning.calibration.attach import weights
 from aq_lightning.calibration.call import Arguments
 from aq_lightning.calibration.streams import hidden_states, run, to_device
-from aq_lightning.evaluation import PerplexityTest, Reference, Row, effective_bits, overhead, reference_bits, replaced
+from aq_lightning.evaluation import (
+    PerplexityTest,
+    Reference,
+    Row,
+    effective_bits,
+    fits,
+    overhead,
+    reference_bits,
+    replaced,
+)
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model, open_parts
 from aq_lightning.models.ahead import read_ahead
@@ -114,14 +123,15 @@ class Comparison:
             return self._perplexity(shell)
 
     def _perplexity(self, model: PreTrainedModel) -> float:
-        """Perplexity on the Trainer's device, in float32 unless a GPU's free memory is too small: then as stored."""
+        """Perplexity on the Trainer's device, in float32 unless free memory is too small: then as stored."""
         trainer = self.trainer(precision="32-true")
-        if _fits(model, trainer.strategy.root_device):
+        if fits(model, trainer.strategy.root_device):
             for parameter in model.parameters():  # alone: rotary tables are buffers and keep their own precision
                 parameter.data = parameter.data.float()
-        (scores,) = trainer.test(PerplexityTest(model.eval()), self.loader, verbose=False)
+        test = PerplexityTest(model.eval())
+        trainer.test(test, self.loader, verbose=False)
         model.to("cpu")
-        return scores["perplexity"]
+        return test.score.value
 
 
 def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) -> float:
@@ -141,12 +151,3 @@ def nearest_bits(blocks: Iterable[nn.Module], grid: Grid, storage: torch.dtype) 
             if bias in parameters:
                 shells[f"{index}.{bias}"] = torch.empty(outputs, dtype=storage, device="meta")
     return effective_bits(shells)
-
-
-def _fits(model: nn.Module, device: torch.device) -> bool:
-    """Whether the parameters fit into the device in float32 and leave half of it for activations."""
-    if device.type != "cuda":
-        return True
-    torch.cuda.empty_cache()  # what calibration held counts as free
-    free, _ = torch.cuda.mem_get_info(device)  # bytes
-    return 4 * sum(parameter.numel() for parameter in model.parameters()) <= free / 2

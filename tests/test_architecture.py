@@ -20,11 +20,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("callbacks",),
     ("aq_lightning.cli",),
-    ("aq_lightning.verbs", "aq_lightning.plan"),
+    ("aq_lightning.verbs", "aq_lightning.plan", "aq_lightning.scorecard"),
     ("aq_lightning.preparation",),
     (
         "aq_lightning.pipeline",
         "aq_lightning.comparison",
+        "aq_lightning.scoring",
         "aq_lightning.conversion",
         "aq_lightning.language_model",
         "aq_lightning.doctor",

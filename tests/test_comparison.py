@@ -33,10 +33,9 @@ def comparison() -> Comparison:
 
 def whole(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> float:
     """Perplexity as transformers' own forward pass of all of the model gives it."""
-    (scores,) = Trainer(accelerator="cpu", devices=1, **QUIET).test(
-        PerplexityTest(model.eval()), DataLoader(windows, batch_size=batch_size), verbose=False
-    )
-    return scores["perplexity"]
+    test = PerplexityTest(model.eval())
+    Trainer(accelerator="cpu", devices=1, **QUIET).test(test, DataLoader(windows, batch_size=batch_size), verbose=False)
+    return test.score.value
 
 
 @pytest.mark.parametrize("scheme", ["w3a16g8", "w4a4sym"])

@@ -91,7 +91,8 @@ def test_checkpoint_scores_as_in_the_table(
         + ["--trainer.accelerator=cpu", f"--out={tmp_path / 'scored'}"]
     )
     scored = last_row(tmp_path / "scored", "test.json")
-    assert {**scored, "model": ""} == {**last_row(run), "model": ""}
+    row = last_row(run)
+    assert {name: scored[name] for name in row} == {**row, "model": str(run / "checkpoint")}
     assert "+22.22 %" in capsys.readouterr().out
 
 

@@ -128,26 +128,41 @@ def _python(split: Split) -> str:
     return _PARAGRAPH.join(ordered[:cut] if split == "calibration" else ordered[cut:])
 
 
-def _fetch(name: str, split: Split) -> str:
-    corpus = CORPORA[name]
-    rows = corpus.calibration if split == "calibration" else corpus.evaluation
-    part = rows.partition("[")[0]
+def documents(name: str, rows: str, file: str | None = None) -> list[str]:
+    """Rows of a corpus, from the Hugging Face hub.
+
+    Args:
+        name: in :data:`CORPORA`.
+        rows: split as ``datasets`` writes it.
+        file: of the repository, where the corpus names none for that split.
+
+    Raises:
+        RequestError: the data set cannot be fetched.
+    """
+    corpus, part = CORPORA[name], rows.partition("[")[0]
+    file = file or corpus.files.get(part)
     try:
         dataset = datasets.load_dataset(
             corpus.path,
             corpus.config,
-            data_files={part: corpus.files[part]} if corpus.files else None,
+            data_files={part: file} if file else None,
             revision=corpus.revision,
             split=rows,
             # The data set's card counts the rows of all files, not of the one that is read.
-            verification_mode="no_checks" if corpus.files else None,
+            verification_mode="no_checks" if file else None,
         )
     except _UNFETCHED as error:
         raise RequestError(
             f"The data set {name!r} ({corpus.path}) could not be fetched from the Hugging Face hub ({error}): "
             f"connect, or name a local file, or {PYTHON!r}, which needs no network."
         ) from error
-    return corpus.separators.get(split, _PARAGRAPH).join(dataset[corpus.column][:])
+    return dataset[corpus.column][:]
+
+
+def _fetch(name: str, split: Split) -> str:
+    corpus = CORPORA[name]
+    rows = corpus.calibration if split == "calibration" else corpus.evaluation
+    return corpus.separators.get(split, _PARAGRAPH).join(documents(name, rows))
 
 
 def _file(source: str) -> TextFile:

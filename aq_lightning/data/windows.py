@@ -118,8 +118,8 @@ class TokenWindows(LightningDataModule):
         self._pretrained = pretrained
         self._samples = samples
         self._length = length
-        self._evaluation_samples = evaluation_samples
-        self._evaluation_length = evaluation_length or length
+        self.evaluation_samples = evaluation_samples
+        self.evaluation_length = evaluation_length or length
         self._batch_size = batch_size
         self.seed = seed
         self._directory = cache_directory(cache_dir) / "windows"
@@ -135,6 +135,16 @@ class TokenWindows(LightningDataModule):
     def calibration_shape(self) -> tuple[int, int]:
         """Samples and length, before any text is read."""
         return self._samples, self._length
+
+    @property
+    def evaluation_source(self) -> str:
+        """Name of the text that is evaluated on."""
+        return self._sources["evaluation"]
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Read in an evaluation step."""
+        return self._batch_size * self.evaluation_length
 
     def calibration(self) -> Tensor:
         """Calibration windows, int64 (samples, length).
@@ -158,8 +168,8 @@ class TokenWindows(LightningDataModule):
         """
         return self._windows(
             "evaluation",
-            {"count": self._evaluation_samples or "all", "length": self._evaluation_length, "seed": "none"},
-            lambda tokens: evaluation_windows(tokens, self._evaluation_length, self._evaluation_samples),
+            {"count": self.evaluation_samples or "all", "length": self.evaluation_length, "seed": "none"},
+            lambda tokens: evaluation_windows(tokens, self.evaluation_length, self.evaluation_samples),
         )
 
     def test_dataloader(self) -> DataLoader[Tensor]:

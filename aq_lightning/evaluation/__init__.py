@@ -1,12 +1,24 @@
 """Scores of any Hugging Face model."""
 
 from aq_lightning.evaluation.bits import effective_bits as effective_bits
+from aq_lightning.evaluation.bits import stored_bits as stored_bits
+from aq_lightning.evaluation.divergence import agreements as agreements
+from aq_lightning.evaluation.divergence import divergences as divergences
+from aq_lightning.evaluation.harness import ask as ask
+from aq_lightning.evaluation.harness import check_tasks as check_tasks
+from aq_lightning.evaluation.memory import fits as fits
 from aq_lightning.evaluation.overhead import overhead as overhead
 from aq_lightning.evaluation.overhead import overhead_lines as overhead_lines
 from aq_lightning.evaluation.perplexity import PerplexityTest as PerplexityTest
+from aq_lightning.evaluation.perplexity import window_losses as window_losses
 from aq_lightning.evaluation.references import Reference as Reference
 from aq_lightning.evaluation.references import check_reference as check_reference
 from aq_lightning.evaluation.references import reference_bits as reference_bits
 from aq_lightning.evaluation.references import replaced as replaced
+from aq_lightning.evaluation.report import Scored as Scored
+from aq_lightning.evaluation.report import differences as differences
+from aq_lightning.evaluation.report import render_scores as render_scores
+from aq_lightning.evaluation.sample import Sample as Sample
+from aq_lightning.evaluation.sample import Score as Score
 from aq_lightning.evaluation.table import Row as Row
 from aq_lightning.evaluation.table import render as render

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aq_lightning.qtensor import QTensor
 from aq_lightning.transforms.online import carrier
@@ -28,3 +28,24 @@ def effective_bits(merged: Mapping[str, QTensor | Tensor]) -> float:
         if beside is not None:
             bits += beside.numel() * torch.finfo(beside.dtype).bits
     return bits / codes if codes else float("nan")
+
+
+def stored_bits(tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Linear]) -> float:
+    """Bits per weight of linears in a format that is not known here: all that lies in the files under their names.
+
+    Args:
+        tensors: of the checkpoint, read one at a time.
+        linears: the quantized ones by path; they may be on the meta device.
+
+    Returns:
+        NaN if nothing lies under the name of some linear.
+    """
+    stored = dict.fromkeys(linears, 0)
+    for name in tensors:
+        path = name.rpartition(".")[0]
+        if path in stored:
+            tensor = tensors[name]
+            stored[path] += 8 * tensor.numel() * tensor.element_size()
+    if not stored or not all(stored.values()):
+        return float("nan")
+    return sum(stored.values()) / sum(linear.in_features * linear.out_features for linear in linears.values())

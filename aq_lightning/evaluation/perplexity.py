@@ -6,7 +6,22 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics import MeanMetric
+
+from aq_lightning.evaluation.sample import Sample, Score
+
+
+def window_losses(logits: Tensor, windows: Tensor) -> Tensor:
+    """Mean loss of each window's last n − 1 tokens, predicted from those before, in float32 nats.
+
+    Args:
+        logits: (windows, n, vocabulary).
+        windows: int64 (windows, n).
+
+    Returns:
+        (windows,).
+    """
+    pairs = zip(logits, windows, strict=True)  # one window at a time bounds the float32 copy
+    return torch.stack([functional.cross_entropy(row[:-1].float(), tokens[1:]) for row, tokens in pairs])
 
 
 class PerplexityTest(LightningModule):
@@ -22,13 +37,16 @@ class PerplexityTest(LightningModule):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.loss = MeanMetric()
+        self.loss = Sample()
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         logits = self.model(input_ids=batch, use_cache=False).logits  # (batch, length, vocabulary)
-        for row, tokens in zip(logits, batch, strict=True):  # one window at a time bounds the float32 copy
-            self.loss.update(functional.cross_entropy(row[:-1].float(), tokens[1:]))
+        self.loss.update(window_losses(logits, batch))
 
     def on_test_epoch_end(self) -> None:
-        loss = self.loss.compute()
-        self.log_dict({"loss": loss, "perplexity": torch.exp(loss.double())})
+        self.log_dict({"loss": self.loss.compute(), "perplexity": self.score.value})
+
+    @property
+    def score(self) -> Score:
+        """Perplexity on all windows so far, with its standard error."""
+        return Score(self.loss.values(), exponential=True)
