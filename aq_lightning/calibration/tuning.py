@@ -1,8 +1,8 @@
 r"""Scales and norms of a quantized model trained together, on what the full-precision model says; codes stay.
 
-The whole model at once sees what blocks one by one cannot: errors of one that another can undo. With codes :math:`u` and
-zero points :math:`z` fixed, only the scales :math:`s` of :math:`\hat w = (u - z)\, s` and the tensors that were never
-quantized in the blocks (norms, biases) move, by the divergence
+The whole model at once sees what blocks one by one cannot: errors of one that another can undo. With codes :math:`u`
+and zero points :math:`z` fixed, only the scales :math:`s` of :math:`\hat w = (u - z)\, s` and the tensors that were
+never quantized in the blocks (norms, biases) move, by the divergence
 
 .. math:: \mathrm{KL}(p \,\|\, \hat p) = \sum_t p_t \log (p_t / \hat p_t)
 
