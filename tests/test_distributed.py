@@ -73,17 +73,17 @@ def runs(command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 
 def test_two_processes_end_where_one_does(runs: tuple[Path, Path]) -> None:
-    """Batches of 4 of 9 samples, the last with one, which only one process has. Losses of all candidates agree to 1e-5,
-    learnt parameters to 1 % (where a gradient is nearly 0, Adam's steps are as long as elsewhere), words of ten codes
+    """Batches of 4 of 9 samples, the last with one, which only one process has. Losses of all candidates agree to 1e-4,
+    learnt parameters to 2 % (where a gradient is nearly 0, Adam's steps are as long as elsewhere), words of ten codes
     in 99 %."""
     blocks = [json.loads((run / "results.json").read_text())["blocks"] for run in runs]
     for one, two in zip(*blocks, strict=True):
         assert two["candidates"].keys() == one["candidates"].keys() and two["outcome"] == one["outcome"]
-        assert list(two["candidates"].values()) == pytest.approx(list(one["candidates"].values()), rel=1e-5)
+        assert list(two["candidates"].values()) == pytest.approx(list(one["candidates"].values()), rel=1e-4)
         place = f"blocks/{one['block']:04d}"
         learnt, shared = (load_file(run / place / "transforms.safetensors") for run in runs)
         for name, value in learnt.items():
-            assert relative_error(value, shared[name]) <= 0.01, name
+            assert relative_error(value, shared[name]) <= 0.02, name
         packed, other = (load_file(run / place / "weights.safetensors") for run in runs)
         for name in (name for name in packed if name.endswith("weight_packed")):
             assert (packed[name] != other[name]).float().mean() <= 0.01, name
