@@ -27,19 +27,14 @@ from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import check_reference, render
 from aq_lightning.fingerprint import check_alike, fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
-from aq_lightning.models.loading import (
-    Pretrained,
-    load,
-    load_tokenizer,
-    locate,
-)
+from aq_lightning.models.loading import Pretrained, load, load_tokenizer, locate
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import prepare
 from aq_lightning.quiet import quiet
 from aq_lightning.status import conclusion
-from aq_lightning.strategy import alone, begin, check_steps, ranks_of, replicas
+from aq_lightning.strategy import alone, begin, check_start, check_steps, ranks_of, replicas
 from aq_lightning.verbs import BY_NAME, VERBS
 from aq_lightning.vigil import Vigil
 
@@ -63,6 +58,7 @@ class CommandLine(LightningCLI):
     """
 
     def __init__(self, arguments: list[str] | None = None) -> None:
+        self._called = arguments is not None  # by a program, not from a shell
         super().__init__(
             QuantizedLanguageModel,
             TokenWindows,
@@ -142,6 +138,7 @@ class CommandLine(LightningCLI):
             )
         guards = Guards(self._section.resume, self._section.save_every, self._section.keep_streams)
         strategy, samples = self.trainer.strategy, datamodule.calibration_shape[0]
+        check_start(strategy, self._called)
         check_steps(strategy, samples, model.recipe.batch_size, self._section.trainer.accumulate_grad_batches)
         run = open_run(Path(self._section.out), configuration, guards.resume, *ranks_of(strategy))
         begin(strategy)

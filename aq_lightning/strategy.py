@@ -59,6 +59,23 @@ def ranks_of(strategy: Strategy) -> tuple[int, int]:
     return (strategy.ranks, strategy.global_rank) if isinstance(strategy, Replicas) else (1, 0)
 
 
+def check_start(strategy: Strategy, called: bool) -> None:
+    """
+    Args:
+        strategy: a Trainer's.
+        called: whether a program gave the arguments, which a process that runs the same command would not see.
+
+    Raises:
+        RequestError: Lightning would have to start processes all the same.
+    """
+    ranks, _ = ranks_of(strategy)
+    if ranks > 1 and called and not strategy.cluster_environment.creates_processes_externally:
+        raise RequestError(
+            f"Several processes run one command line, got {ranks} from a call in Python: run `python train.py fit` or "
+            "torchrun, or set --trainer.devices 1."
+        )
+
+
 def check_steps(strategy: Strategy, samples: int, batch_size: int, accumulated: int) -> None:
     """
     Raises:
