@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +17,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from aq_lightning.calibration import Cause, RunDirectory
+from aq_lightning import distributed
+from aq_lightning.calibration import RunDirectory, open_run
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
-from aq_lightning.evaluation import Row, check_reference, render, render_scores
-from aq_lightning.fingerprint import fingerprint
+from aq_lightning.evaluation import check_reference, render_scores
+from aq_lightning.fingerprint import check_alike, fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
@@ -33,7 +35,10 @@ from aq_lightning.preparation import prepare
 from aq_lightning.quiet import quiet
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
+from aq_lightning.status import conclusion
+from aq_lightning.strategy import alone, begin, check_start, check_steps, ranks_of, replicas
 from aq_lightning.verbs import BY_NAME, VERBS
+from aq_lightning.vigil import Vigil
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -55,6 +60,7 @@ class CommandLine(LightningCLI):
     """
 
     def __init__(self, arguments: list[str] | None = None) -> None:
+        self._called = arguments is not None  # by a program, not from a shell
         super().__init__(
             QuantizedLanguageModel,
             TokenWindows,
@@ -103,10 +109,11 @@ class CommandLine(LightningCLI):
             changes.setdefault("precision", "bf16-mixed" if gpu else "32-true")
         try:
             trainer = super().instantiate_trainer(**{"logger": False, **changes})
+            strategy = replicas(trainer.strategy, self.subcommand)
+            if strategy is not None:
+                trainer = super().instantiate_trainer(**{"logger": False, **changes, "strategy": strategy})
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise RequestError(f"The options of trainer: are Lightning's, got one it refuses: {error}") from error
-        if trainer.world_size > 1:
-            raise RequestError(f"Calibration runs on 1 device, got {trainer.world_size}: set --trainer.devices 1.")
         if trainer.strategy.root_device.type not in ("cpu", "cuda"):
             raise RequestError(
                 f"Transforms need a device with float64, got {trainer.strategy.root_device}: "
@@ -135,21 +142,20 @@ class CommandLine(LightningCLI):
                 "add --model.optimizer.init_args.fused false."
             )
         guards = Guards(self._section.resume, self._section.save_every, self._section.keep_streams)
-        run = RunDirectory.check(Path(self._section.out), configuration, guards.resume)
-        if run.results is not None:
-            print(f"{run.path} is finished: nothing is left to do.")
-        else:
-            for kind in model.references:
-                check_reference(kind, self.trainer.strategy.root_device)
-            self._calibrate(model, datamodule, run, guards)
-        print(render([Row(**row) for row in run.results["rows"]]))
-        blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
-        if blocks:
-            kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
-            print(f"training did not help, so these blocks were left as named: {kept}")
-        for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
-            print(f"an attempt was stopped, {cause}")
-        print(f"checkpoint: {run.checkpoint}\nchecked: {run.results['parity']}")
+        strategy, samples = self.trainer.strategy, datamodule.calibration_shape[0]
+        check_start(strategy, self._called)
+        check_steps(strategy, samples, model.recipe.batch_size, self._section.trainer.accumulate_grad_batches)
+        run = open_run(Path(self._section.out), configuration, guards.resume, *ranks_of(strategy))
+        begin(strategy)
+        with Vigil():
+            if not distributed.from_first(distributed.leads() and run.results is not None):
+                for kind in model.references:
+                    check_reference(kind, strategy.root_device)
+                self._calibrate(model, datamodule, run, guards)
+            elif distributed.leads():
+                print(f"{run.path} is finished: nothing is left to do.")
+        if distributed.leads():
+            print("\n".join(conclusion(run)))
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained`` or all of ``--compare``; with ``--out``, writes ``test.json`` there too."""
@@ -172,24 +178,29 @@ class CommandLine(LightningCLI):
         """From the checks to the table."""
         prepared = prepare(model)
         model.recipe = prepared.recipe
-        print("\n".join(prepared.notes), end="\n" if prepared.notes else "")
+        print("".join(f"{note}\n" for note in prepared.notes), end="")
         datamodule.attach_tokenizer(load_tokenizer(prepared.source, model.trust_remote_code))
         windows = {"calibration": datamodule.calibration(), "evaluation": datamodule.evaluation()}
         revision = getattr(prepared.config, "_commit_hash", None)
         use = prepared.disk(windows["calibration"].numel() if guards.keep_streams else 0)
         identity = fingerprint(prepared.source, revision, windows, self.trainer.strategy.root_device.type)
-        run.check_fingerprint(identity)
-        free = check_space(use, run.path)
+        if distributed.leads():
+            run.check_fingerprint(identity)
+            check_space(use, run.path)
+        check_alike(identity)
         pretrained = load(model.pretrained, model.trust_remote_code)
         if pretrained.whole:
             print(f"note: all of the model stays in host memory. {pretrained.whole}", flush=True)
         try:
-            with run.lock(), guards.stopping.listening():
-                print(f"{use}; {free / 1e9:.1f} GB are free", flush=True)
-                run.create(self._configuration(), identity)
+            with run.lock() if distributed.leads() else nullcontext(), guards.stopping.listening():
+                if distributed.leads():
+                    print(f"{use}; {check_space(use, run.path) / 1e9:.1f} GB are free", flush=True)
+                    run.create(self._configuration(), identity)
                 for damaged in run.repair():
                     print(f"damaged, and made again: {damaged}", flush=True)
-                run.finish(self._results(pretrained, model, datamodule, run, guards))
+                results = self._results(pretrained, model, datamodule, run, guards)
+                if distributed.leads():
+                    run.finish(results)
         except (OSError, torch.OutOfMemoryError) as error:
             reason = str(error).splitlines()[0]
             raise Interrupted(
@@ -205,8 +216,8 @@ class CommandLine(LightningCLI):
         run: RunDirectory,
         guards: Guards,
     ) -> dict[str, object]:
-        loggers = self._loggers(run.path)
-        comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
+        loggers = self._loggers(run.path) if distributed.leads() else False
+        comparison = Comparison(datamodule.test_dataloader(), self._scoring_trainer, model.recipe.streams.place)
 
         def baselines() -> dict[str, object]:
             rows = comparison.baselines(pretrained, model.recipe.scheme)
@@ -224,11 +235,17 @@ class CommandLine(LightningCLI):
             guards,
         )
         quantize(job, datamodule.calibration())
+        if not distributed.leads():
+            return {}
         method = Path(str(self._section.config[0])).stem
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
         return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict}
+
+    def _scoring_trainer(self, **changes: object) -> Trainer:
+        """A Trainer for this process alone."""
+        return self.instantiate_trainer(**alone(self.trainer.strategy), **changes)
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -259,7 +276,7 @@ class PlanningLine(CommandLine):
         samples, length = datamodule.calibration_shape
         probe = Probe(prepared, self.trainer.strategy.root_device, length)
         with TemporaryDirectory() as scratch:
-            measured = probe.measure(self.instantiate_trainer(max_epochs=1, default_root_dir=scratch))
+            measured = probe.measure(self._scoring_trainer(max_epochs=1, default_root_dir=scratch))
         for line in plan_lines(prepared, measured, (samples, length), self._section.trainer.max_epochs):
             print(line)
 
@@ -276,12 +293,12 @@ def main(arguments: list[str] | None = None) -> None:
             PlanningLine(["fit", *rest])
         else:
             CommandLine(arguments)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ParityError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (RequestError, ParityError) as error:
+        _end(f"error: {error}", 2 if isinstance(error, RequestError) else 1)
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
+        _end(str(interruption), os.EX_TEMPFAIL)
+
+
+def _end(sentence: str, code: int) -> None:
+    print(sentence, file=sys.stderr if distributed.leads() else sys.stdout)  # that of the others is shut
+    sys.exit(code)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aq_lightning import distributed
+from aq_lightning.calibration import WORLD
+from aq_lightning.errors import RequestError
 from aq_lightning.models.loading import Source
 
 _PACKAGES = ("torch", "lightning", "transformers", "safetensors", "aq-lightning")
@@ -32,8 +35,22 @@ def fingerprint(source: Source, revision: str | None, tokens: Mapping[str, Tenso
         **{package: _version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "device": device,
-        "world size": "1",
+        WORLD: str(distributed.ranks()),
     }
+
+
+def check_alike(identity: Mapping[str, str]) -> None:
+    """
+    Raises:
+        RequestError: this process has another fingerprint than the leading one.
+    """
+    first = distributed.from_first(identity)
+    different = [f"{name}: {first.get(name)} → {value}" for name, value in identity.items() if first.get(name) != value]
+    if different:
+        raise RequestError(
+            f"All processes have the same model, text and versions, got others in process {distributed.rank()} "
+            f"({'; '.join(different)}): give every node the same files and environment."
+        )
 
 
 def _version(package: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from aq_lightning import distributed
 from aq_lightning.calibration import (
     Inside,
     LiveWindow,
@@ -21,6 +22,7 @@ from aq_lightning.calibration import (
     Ranges,
     Resume,
     RunDirectory,
+    Share,
     Stopping,
     Streams,
     capture,
@@ -83,7 +85,8 @@ class Job:
 
 
 def quantize(job: Job, windows: Tensor) -> None:
-    """AffineQuant, or whichever relative the recipe describes, on every block in turn.
+    """AffineQuant, or whichever relative the recipe describes, on every block in turn; of several processes each passes
+    its own share of the windows through every block.
 
     Args:
         job: the work.
@@ -92,9 +95,18 @@ def quantize(job: Job, windows: Tensor) -> None:
     recipe, model = job.recipe, job.pretrained
     plan = list(recipe.plan.windows(len(model.blocks)))
     check_windows(windows, model.model.get_input_embeddings().num_embeddings)
-    if all(job.journal.finished(indices.start) for indices in plan):
-        return export(job)
-    stream, arguments = capture(model.shell(), windows, recipe.streams, job.device)
+    if not all(job.journal.finished(indices.start) for indices in plan):
+        _calibrate_all(job, windows, plan)
+    distributed.part()
+    if distributed.leads():
+        export(job)
+
+
+def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
+    """Every window of blocks that is not finished."""
+    recipe, model = job.recipe, job.pretrained
+    share = Share(len(windows), recipe.batch_size, distributed.rank(), distributed.ranks())
+    stream, arguments = capture(model.shell(), windows[share.indices()], recipe.streams, job.device)
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
     first, streams = _where_to_go_on(job, [indices.start for indices in plan], streams)
     ahead = [indices for indices in plan if indices.start >= first]
@@ -107,7 +119,7 @@ def quantize(job: Job, windows: Tensor) -> None:
             same_input = live.run(streams.quantized) if recipe.objective.same_input else None
             target = recipe.objective.target(full, same_input)
             with quantized_activations(live.blocks, recipe.scheme.activation):
-                calibrate(job, live, position, activations, streams, target)
+                calibrate(job, live, position, activations, streams, target, share)
             del target, same_input  # two streams stay between windows
         with quantized_activations(live.blocks, recipe.scheme.activation):
             packed = job.journal.weights(indices.start)
@@ -116,7 +128,6 @@ def quantize(job: Job, windows: Tensor) -> None:
         live.release()
         if job.guards.keep_streams and indices is not plan[-1]:
             job.journal.keep(indices.stop, streams)
-    export(job)
 
 
 def check_windows(windows: Tensor, vocabulary: int) -> None:
@@ -147,7 +158,13 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
 
 
 def calibrate(
-    job: Job, live: LiveWindow, position: Position, activations: Sequence[Ranges], streams: Streams, target: Tensor
+    job: Job,
+    live: LiveWindow,
+    position: Position,
+    activations: Sequence[Ranges],
+    streams: Streams,
+    target: Tensor,
+    share: Share,
 ) -> None:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
@@ -158,6 +175,7 @@ def calibrate(
         activations: ranges observed at each block's sites.
         streams: what enters the window, (samples, length, hidden) each.
         target: what to answer, same shape.
+        share: which samples these are.
     """
     began = time.monotonic()
     reset_peak_memory(job.device)
@@ -169,9 +187,9 @@ def calibrate(
         activations,
         (inputs, target),
         trainer=inside.attempts(position.index, lambda: job.trainer(scratch)),
-        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index),
+        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index, share),
     )
-    if result.outcome != "trained":
+    if result.outcome != "trained" and distributed.leads():
         save_trained(result.module, scratch)
     codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
     merged = live.merge(result.module.blocks, codes)
@@ -188,7 +206,7 @@ def calibrate(
         "condition": result.module.conditions(),
         "effective_bits": effective_bits(merged),
         "seconds": time.monotonic() - began,
-        "peak_memory_bytes": peak_memory(job.device),
+        "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
 

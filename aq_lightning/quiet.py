@@ -15,6 +15,7 @@ def quiet() -> None:
         ".*GPU available but not used.*",
         ".*Checkpoint directory .* exists.*",
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",  # of several processes: what is logged is the same in all
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen blocks belong in eval mode
     ):
         warnings.filterwarnings("ignore", message)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from aq_lightning.calibration import RunDirectory
+from aq_lightning.calibration import Cause, RunDirectory
 from aq_lightning.errors import RequestError
+from aq_lightning.evaluation import Row, render
 
 
 def status_of(path: Path) -> str:
@@ -37,6 +39,20 @@ def status_of(path: Path) -> str:
                         f"loss {now['loss']:.3g}")  # fmt: skip
         lines["time left"] = _left(done, now)
     return "\n".join(f"{name:<11}{value}" for name, value in lines.items() if value)
+
+
+def conclusion(run: RunDirectory) -> Iterator[str]:
+    """Lines that say what a finished run has gained."""
+    results = run.results
+    yield render([Row(**row) for row in results["rows"]])
+    blocks = [block for block in results["blocks"] if block["attempts"] and block["outcome"] != "trained"]
+    if blocks:
+        kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
+        yield f"training did not help, so these blocks were left as named: {kept}"
+    for cause in (Cause(**each) for block in results["blocks"] for each in block["causes"]):
+        yield f"an attempt was stopped, {cause}"
+    yield f"checkpoint: {run.checkpoint}"
+    yield f"checked: {results['parity']}"
 
 
 def _named(path: Path) -> str:

@@ -273,7 +273,7 @@ def test_method_and_place_are_needed(
 @pytest.mark.parametrize(
     "argument, parts",
     [
-        ("--trainer.devices=2", ["1 device", "got 2", "--trainer.devices"]),
+        ("--trainer.devices=2", ["one command line", "got 2", "--trainer.devices 1"]),
         ("--model.batch_size=0", ["batch_size", "0", "1 or more"]),
         ("--data.samples=0", ["data.samples", "0"]),
         ("--model.plan.size=0", ["plan.size", "0"]),

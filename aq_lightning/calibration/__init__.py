@@ -5,9 +5,11 @@ from aq_lightning.calibration.attach import AttachedBlock as AttachedBlock
 from aq_lightning.calibration.attach import attach as attach
 from aq_lightning.calibration.attach import merge as merge
 from aq_lightning.calibration.batches import Pairs as Pairs
+from aq_lightning.calibration.batches import Share as Share
 from aq_lightning.calibration.block import BlockCalibration as BlockCalibration
 from aq_lightning.calibration.block import Position as Position
 from aq_lightning.calibration.block import save_trained as save_trained
+from aq_lightning.calibration.checkpoint import WORLD as WORLD
 from aq_lightning.calibration.checkpoint import Resume as Resume
 from aq_lightning.calibration.checkpoint import RunDirectory as RunDirectory
 from aq_lightning.calibration.fit import Fit as Fit
@@ -18,6 +20,7 @@ from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
 from aq_lightning.calibration.observe import Ranges as Ranges
 from aq_lightning.calibration.observe import observed as observed
+from aq_lightning.calibration.shared import open_run as open_run
 from aq_lightning.calibration.streams import Streams as Streams
 from aq_lightning.calibration.streams import capture as capture
 from aq_lightning.calibration.watch import Cause as Cause

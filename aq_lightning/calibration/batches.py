@@ -3,42 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which samples one of several processes keeps, such that batches do not depend on how many processes there are.
+
+    The samples are dealt out to as many strata as a batch has places, and a batch takes one of each. A stratum belongs
+    to one process for good. The last batch of an epoch may lack some.
+    """
+
+    samples: int
+    """Of all processes."""
+    batch_size: int
+    """Samples of a whole batch, of all processes: no fewer than processes."""
+    rank: int = 0
+    """Number of this process."""
+    ranks: int = 1
+    """Processes."""
+
+    def indices(self) -> Tensor:
+        """This process's samples among all, int64, ascending."""
+        every = torch.arange(self.samples)
+        return every[every % self.batch_size % self.ranks == self.rank]
+
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, int]]:
+        """An epoch in random order: places among :meth:`indices`, and how many samples all processes take together."""
+        own = self.indices()
+        rows = -(-self.samples // self.batch_size)
+        order = torch.full((rows, self.batch_size), self.samples)  # (batches, strata); what lies behind is absent
+        for stratum in range(min(self.batch_size, self.samples)):
+            size = -(-(self.samples - stratum) // self.batch_size)
+            drawn = torch.randperm(size, generator=generator)
+            order[:size, stratum] = stratum + self.batch_size * drawn
+        for row in order:
+            present = row[row < self.samples]
+            yield torch.searchsorted(own, present[present % self.batch_size % self.ranks == self.rank]), len(present)
+
+
+class Batch(NamedTuple):
+    """What a step reads."""
+
+    inputs: Tensor
+    """(batch, length, hidden); no sample at all where other processes have the last ones."""
+    targets: Tensor
+    """The same shape."""
+    total: int
+    """Samples of all processes."""
+
+
 class Pairs:
-    """Batches (inputs, targets), each (batch, length, hidden), in another order every epoch; the same seed gives the
-    same orders.
+    """Batches of inputs and targets, in another order every epoch; the same seed gives the same orders.
 
     A Trainer keeps :meth:`state_dict` in its checkpoints, and goes on behind the last batch that it took.
 
     Args:
         inputs: (samples, length, hidden).
         targets: same shape.
-        batch_size: samples in a batch; the last may hold fewer.
-        seed: of the orders.
+        batch_size: samples in a batch of all processes; the last may hold fewer.
+        seed: of the orders, the same for all processes.
+        share: which samples these are; None: all.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> None:
-        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int, share: Share | None = None) -> None:
+        self.inputs, self.targets = inputs, targets
+        self.share = share or Share(len(inputs), batch_size)
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # what the order of this epoch was drawn from
         self._taken = len(self)  # batches of this epoch
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return -(-self.share.samples // self.share.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         if self._taken == len(self):
             self._before, self._taken = self._generator.get_state(), 0
         self._generator.set_state(self._before)
-        order = torch.randperm(len(self.inputs), generator=self._generator)
-        for index in order.to(self.inputs.device).split(self.batch_size)[self._taken :]:
+        order = list(self.share.batches(self._generator))
+        for places, total in order[self._taken :]:
             self._taken += 1
-            yield self.inputs[index], self.targets[index]
+            index = places.to(self.inputs.device)
+            yield Batch(self.inputs[index], self.targets[index], total)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the orders this is."""

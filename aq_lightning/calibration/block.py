@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.best import Best, State
 from aq_lightning.calibration.captured import Captured
@@ -103,11 +104,11 @@ class BlockCalibration(Captured):
 
     def recordable(self, samples: int) -> bool:
         full = samples == self.recipe.batch_size
-        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        whole = self.trainer.accumulate_grad_batches == 1
         scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
         routed = any(block.architecture.experts for block in self.blocks)  # tokens, which decides every shape
         waits = any(matrix.method == "pivoted" for matrix in self.matrices())  # for the device, inside the library
-        return self._wanted(self.recipe.captured) and full and alone and not (scaled or routed or waits)
+        return self._wanted(self.recipe.captured) and full and whole and not (scaled or routed or waits)
 
     def _wanted(self, choice: bool | None) -> bool:
         """What the recipe says, or where it says nothing, whether this is a GPU."""
@@ -143,14 +144,17 @@ class BlockCalibration(Captured):
             self.stop(Cause(self.position.index, "", "loss", loss, self.current_epoch))
 
     def stop(self, cause: Cause) -> None:
-        """Ends the training with this epoch, which does not count as sound; the first cause stays."""
+        """Ends the training of all processes with this epoch, which does not count as sound; the first cause stays."""
         self.cause = self.cause or cause
         self.trainer.should_stop = True
 
     def on_train_epoch_end(self) -> None:
         if any([matrix.doubt() for matrix in self.matrices()]):
             self.forget()
-        if self.cause is None:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
+        cause = next((each for each in distributed.gathered(self.cause) if each is not None), None)
+        if cause is not None:
+            self.stop(cause)
+        else:  # of all epochs only the first, where affine matrices are diagonal, and the last stay
             self.sound = [*self.sound[:1], self.state()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

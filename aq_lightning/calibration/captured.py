@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from aq_lightning.calibration.batches import Batch
 from aq_lightning.calibration.microbatch import MicroBatched
 
 _WARM_UP = 3  # runs before recording, in which libraries allocate what they keep
@@ -59,11 +60,12 @@ class Captured(MicroBatched):
         super().__init__()
         self._step: Graph | None = None
         self._batch: tuple[Tensor, Tensor] = ()  # what the recorded step reads
+        self._total = 0  # samples of all processes in it
         self._after: Graph | None = None
         self._replayed = self._refused = False
 
     def recordable(self, samples: int) -> bool:
-        """Whether steps of that many samples may be recorded."""
+        """Whether steps of that many samples, of all processes, may be recorded."""
         raise NotImplementedError
 
     def after_update(self) -> None:
@@ -76,17 +78,17 @@ class Captured(MicroBatched):
         self._batch = ()
         self.zero_grad()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self._replayed = False
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._replayed, self._samples, self._here = False, batch.total, len(batch.inputs)
         if self._step is not None and self.micro_batch:
             self.forget()
-        if self._step is None and not self._refused and not self.micro_batch and self.recordable(len(batch[0])):
+        if self._step is None and not self._refused and not self.micro_batch and self.recordable(batch.total):
             self._record(batch)
-        if self._step is None or batch[0].shape != self._batch[0].shape:
+        if self._step is None or batch.total != self._total or batch.inputs.shape != self._batch[0].shape:
             return super().training_step(batch, batch_idx)
-        for kept, given in zip(self._batch, batch, strict=True):
+        for kept, given in zip(self._batch, batch[:2], strict=True):
             kept.copy_(given)
-        self._samples, self._replayed = len(batch[0]), True
+        self._replayed = True
         self._step_loss = self._step.replay()
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return self._step_loss
@@ -112,15 +114,17 @@ class Captured(MicroBatched):
         elif not self._replayed:
             optimizer.zero_grad(set_to_none=False)  # the graph goes on writing to these tensors
 
-    def _record(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._batch = tuple(tensor.clone() for tensor in batch)
+    def _record(self, batch: Batch) -> None:
+        self._batch = batch.inputs.clone(), batch.targets.clone()
+        self._total = batch.total
 
         def work() -> Tensor:
             self.zero_grad()  # so that the backward pass writes, instead of adding to what was there
-            loss = self.objective(*self._batch)
-            loss.backward()
-            self.before_update(loss.detach())
-            return loss.detach()
+            self._step_loss = torch.zeros((), device=batch.inputs.device)
+            self._share(*self._batch).backward()
+            if self.alone:
+                self.before_update(self._step_loss)
+            return self._step_loss
 
         buffers = [buffer for name, buffer in self.named_buffers() if ".block." not in name]
         before = [buffer.clone() for buffer in buffers]

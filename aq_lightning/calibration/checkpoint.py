@@ -43,6 +43,7 @@ _WEIGHTS = "weights.safetensors"
 _METRICS = "metrics.json"
 _AT_WORK = "now.json"
 _STREAMS = "streams.safetensors"
+WORLD = "world size"  # in the fingerprint: the number of processes
 
 
 class RunDirectory:
@@ -61,13 +62,14 @@ class RunDirectory:
         self._manifests: dict[int, dict[str, Any]] = {}
 
     @classmethod
-    def check(cls, path: Path, config: str, resume: Resume = "auto") -> RunDirectory:
+    def check(cls, path: Path, config: str, resume: Resume = "auto", ranks: int = 1) -> RunDirectory:
         """Checks without writing that a run can live at ``path``.
 
         Args:
             path: directory to create, or one that holds a run of the same configuration, which then goes on.
             config: resolved configuration as YAML.
             resume: whether a run that is there goes on (``auto``), is demanded (``must``) or refused (``never``).
+            ranks: processes of the run.
 
         Raises:
             RequestError: something else is there, or the place cannot be written.
@@ -89,6 +91,11 @@ class RunDirectory:
             raise RequestError(f"A run directory is new, empty or an earlier run, got {str(path)!r}, which holds other "
                                "files: choose another --out.")  # fmt: skip
         run.lock_file.check()
+        before = (read_json(path / _FINGERPRINT) or {}).get(WORLD, str(ranks)) if begun else str(ranks)
+        if before != str(ranks):
+            raise RequestError(f"A run goes on with as many processes as it began with, got {ranks} for {str(path)!r}, "
+                               f"which began with {before}: set --trainer.devices times --trainer.num_nodes to "
+                               f"{before}, or choose another --out.")  # fmt: skip
         changes = _changes((path / _CONFIG).read_text(errors="replace"), config) if begun else []
         if changes:
             raise RequestError(
@@ -212,7 +219,11 @@ class RunDirectory:
         remove(target)
         with sealed(target, {"after": self._sum_before(block)}) as partial:
             save_tensors(partial / _STREAMS, vars(streams))
-        for other in self.path.glob("streams/*"):
+        self.drop_streams(target)
+
+    def drop_streams(self, target: Path) -> None:
+        """Removes all kept streams but those in ``target``."""
+        for other in target.parent.iterdir():
             if other != target:
                 remove(other)
 
@@ -221,11 +232,14 @@ class RunDirectory:
         host: all windows before it are finished."""
         reached = next((index for index, start in enumerate(starts) if not self.finished(start)), len(starts) - 1)
         for start in reversed(starts[: reached + 1]):
-            place = self._streams(start)
-            content = manifest(place)
-            if content is not None and content["after"] == self._sum_before(start):
-                return start, Streams(**load_file(place / _STREAMS))
+            if self.has_streams(start):
+                return start, Streams(**load_file(self._streams(start) / _STREAMS))
         return None
+
+    def has_streams(self, start: int) -> bool:
+        """Whether the streams that enter the window that starts there are kept, undamaged."""
+        content = manifest(self._streams(start))
+        return content is not None and content["after"] == self._sum_before(start)
 
     @property
     def inside(self) -> Path:

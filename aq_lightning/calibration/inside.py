@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from aq_lightning import distributed
 from aq_lightning.calibration.batches import Pairs
 from aq_lightning.calibration.block import BlockCalibration
 from aq_lightning.calibration.interruption import SIGNALS, Stopping
-from aq_lightning.durable import manifest, remove, sealed
+from aq_lightning.durable import manifest, partial_of, remove, sealed
 
 _STATE = "state.ckpt"
 
@@ -48,7 +50,8 @@ class Inside:
 
 
 class Attempt(Checkpoint):
-    """A Trainer's fit that goes on from its last checkpoint.
+    """A Trainer's fit that goes on from its last checkpoint; of several processes the leading one writes it, for what
+    it holds is the same in all.
 
     Args:
         inside: where checkpoints are.
@@ -67,7 +70,11 @@ class Attempt(Checkpoint):
         Raises:
             Interrupted: the process was told to stop; a checkpoint is made.
         """
-        last = next((place for place in self._kept()[::-1] if manifest(place) is not None), None)
+        last = distributed.from_first(
+            next((place for place in self._kept()[::-1] if manifest(place) is not None), None)
+            if distributed.leads()
+            else None
+        )
         self.saved = 0 if last is None else int(last.suffix[1:])
         module.after_step, self.batches = self.after_step, batches
         self.trainer.callbacks.append(self)  # the last: it sees what the others did
@@ -101,20 +108,23 @@ class Attempt(Checkpoint):
 
     def _save_if_due(self, trainer: Trainer) -> None:
         every, stopping = self.inside.every, self.inside.stopping
-        if stopping.requested is not None or (every and trainer.global_step - self.saved >= every):
+        told = distributed.anyone(stopping.requested is not None)
+        if told or (every and trainer.global_step - self.saved >= every):
             self._save(trainer)
-        if stopping.requested is not None:
+        if told:
             stopping.stop(f" behind step {trainer.global_step} of block {int(self.name[:4])}")
 
     def _save(self, trainer: Trainer) -> None:
         target = self.inside.place / f"{self.name}.{trainer.global_step:08d}"
-        before = self._kept()
+        before = distributed.from_first(self._kept())
+        leads = distributed.leads()
         if target not in before:
-            with sealed(target) as partial:
+            with sealed(target) if leads else nullcontext(partial_of(target)) as partial:
                 trainer.save_checkpoint(partial / _STATE)
         for place in before:
-            if place != target:
+            if leads and place != target:
                 remove(place)
+        distributed.wait()
         self.saved = trainer.global_step
 
     def _kept(self) -> list[Path]:

@@ -37,7 +37,8 @@ class Stopping:
         Raises:
             Interrupted: always.
         """
-        raise Interrupted(f"stopped by {self.requested}{where}: the same command goes on from there.")
+        by = self.requested or "a signal to another process"
+        raise Interrupted(f"stopped by {by}{where}: the same command goes on from there.")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from aq_lightning import distributed
+from aq_lightning.calibration.batches import Batch
 from aq_lightning.errors import RequestError
 
 
 class MicroBatched(LightningModule):
-    """A module whose batches are cut in halves when the memory does not hold them.
+    """A module whose batches lie on several processes, and are cut in halves when the memory does not hold them.
 
-    The gradients of the parts add up to that of the batch's mean, so a step stays what it was up to the order of sums.
-    A subclass defines :meth:`objective` and :attr:`place`.
+    The gradients of the parts add up to that of the batch's mean, so a step stays what it was up to the order of sums:
+    those of one process behind each other, those of all processes once behind the backward pass. A subclass defines
+    :meth:`objective` and :attr:`place`.
     """
 
     place: str
@@ -29,27 +32,28 @@ class MicroBatched(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.micro_batch: int | None = None  # samples at once; None: all of a batch
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN must show
+        self.loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)  # a NaN must show; the same everywhere
         self.loss.persistent(True)  # in checkpoints inside an epoch
-        self._samples = 0  # in the batch of this step
+        self._samples = self._here = 0  # in the batch of this step: of all processes, and of this one
         self._step_loss = torch.zeros(())
 
     def objective(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Mean loss of some samples."""
         raise NotImplementedError
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        hidden, target = batch  # each (batch, length, hidden)
-        self._samples = len(hidden)
-        size = self.micro_batch or len(hidden)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        hidden, target, self._samples = batch
+        self._here = len(hidden)
+        size = self.micro_batch or max(len(hidden), 1)
         if self.micro_batch:
             self.zero_grad()  # here, for Lightning would do it between the parts
         *parts, last = zip(hidden.split(size), target.split(size), strict=True)
         self._step_loss = torch.zeros((), device=hidden.device)
         for part in parts:
             self.trainer.strategy.backward(self._share(*part), None)
-        loss = self._share(*last)
-        self.before_update(self._step_loss)
+        loss = self._share(*last) if len(hidden) else self._step_loss  # other processes have the last samples
+        if self.alone:
+            self.before_update(self._step_loss)
         self.log("loss", self.loss, on_step=False, on_epoch=True, logger=False)
         return loss
 
@@ -57,12 +61,30 @@ class MicroBatched(LightningModule):
         """What precedes each optimizer step, on the device alone; ``loss`` is the batch's, a scalar."""
         raise NotImplementedError
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process has all samples."""
+        return distributed.ranks() == 1
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Gradients and loss of the whole batch, in the tensors that hold those of this process's part."""
+        trained = [each for each in self.parameters() if each.requires_grad]
+        for each in (each for each in trained if each.grad is None):
+            each.grad = torch.zeros_like(each)
+        distributed.add_up([*(each.grad for each in trained), self._step_loss])
+        self.before_update(self._step_loss)
+
     def _share(self, hidden: Tensor, target: Tensor) -> Tensor:
         """What a part adds to the mean loss of its batch."""
         loss = self.objective(hidden, target)
         loss = loss if len(hidden) == self._samples else loss * (len(hidden) / self._samples)
         self._step_loss = self._step_loss + loss.detach()
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss.requires_grad:  # not that of no samples
+            super().backward(loss, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         self.loss.update(self._step_loss)
@@ -77,13 +99,17 @@ class MicroBatched(LightningModule):
         def closure() -> Any:
             while True:
                 with suppress(torch.OutOfMemoryError):
-                    return optimizer_closure()
+                    result = optimizer_closure()
+                    break
                 self._halve()
+            if not self.alone:
+                self._add_up()
+            return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def _halve(self) -> None:
-        size = min(self.micro_batch or self._samples, self._samples)
+        size = min(self.micro_batch or self._here, self._here)
         if size == 1 or self.trainer.accumulate_grad_batches > 1:
             raise RequestError(
                 f"A window of text at a time must fit into the GPU's memory, got too little for {self.place}: lower "

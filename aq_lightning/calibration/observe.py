@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock, site_shape, weights
 from aq_lightning.experts import hooked
 from aq_lightning.models.sites import Site, SiteShape
@@ -36,6 +37,18 @@ class ChannelRange:
         self.size = size if self.size is None else self.size + size
         self.tokens += flat.shape[0]
 
+    def share(self, like: Tensor) -> None:
+        """Takes in what all other processes have seen; ``like``, (channels), stands for what this one may not have."""
+        if distributed.ranks() == 1:
+            return
+        none = torch.zeros_like(like)
+        low, high = (none + torch.inf, none - torch.inf) if self.low is None else (self.low, self.high)
+        self.low, self.high = distributed.least(low), distributed.greatest(high)
+        self.total, self.size = (none.clone() if each is None else each for each in (self.total, self.size))
+        tokens = none.new_tensor(self.tokens)
+        distributed.add_up([self.total, self.size, tokens])
+        self.tokens = int(tokens)
+
 
 Ranges = Mapping[str, Sequence[ChannelRange]]
 """What was seen at each site of a block: one range, or one for each expert of the tokens routed to it."""
@@ -43,7 +56,8 @@ Ranges = Mapping[str, Sequence[ChannelRange]]
 
 @contextmanager
 def observed(blocks: Sequence[nn.Module], sites: Sequence[Site]) -> Iterator[list[Ranges]]:
-    """While it is open, the activations at every site with consumers are recorded, block by block."""
+    """While it is open, the activations at every site with consumers are recorded, block by block; what all processes
+    have seen is known when it closes."""
     ranges: list[Ranges] = []
     with ExitStack() as hooks:
         for block in blocks:
@@ -51,6 +65,10 @@ def observed(blocks: Sequence[nn.Module], sites: Sequence[Site]) -> Iterator[lis
             for site in (site for site in sites if site.consumers):
                 ranges[-1][site.name] = hooks.enter_context(_watched(block, site))
         yield ranges
+    for seen in (seen for sites_of_block in ranges for seen in sites_of_block.values()):
+        known = next(each.total for each in seen if each.total is not None)  # every token reaches some expert
+        for each in seen:
+            each.share(known)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from aq_lightning import distributed
 from aq_lightning.experts import experts_of, hooked, stacks
 from aq_lightning.rounders import Moments
 
@@ -109,7 +110,10 @@ class MomentSums:
         self.full = x
 
     def moments(self) -> list[Moments]:
-        """Of each expert; zeros for one that saw nothing."""
+        """Of each expert, with what it read in all processes; zeros for one that saw nothing."""
+        tokens = self.second.new_tensor(self.tokens)  # (experts)
+        distributed.add_up([self.second, tokens, *([] if self.asymmetry is None else [self.asymmetry])])
+        self.tokens = [int(each) for each in tokens.tolist()]
         counts = [max(tokens, 1) for tokens in self.tokens]
         asymmetry = None if self.asymmetry is None else self.asymmetry / counts[0]
         return [Moments(second / n, asymmetry) for second, n in zip(self.second, counts, strict=True)]

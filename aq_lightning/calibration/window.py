@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, choose_ranges, choose_scales, rounded
@@ -58,12 +59,15 @@ class LiveWindow:
 
     def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
-        the blocks read when the stream ``inputs``, (samples, length, hidden), enters the window."""
+        the blocks read when the stream ``inputs``, (samples, length, hidden), enters the window; the same in every
+        process."""
         attached = [self._attach(block, self.recipe.transforms, self.recipe.weight_quantizer) for block in self.blocks]
         for block, plain, ranges, passes in zip(attached, self.blocks, activations, self._passes(), strict=True):
             initialize(block, ranges)
             choose_scales(block, passes, inputs)
             choose_ranges(block, passes, inputs)
+            for part in (block.transforms, block.quantizers):
+                distributed.agree(part)
             inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
         return attached
 
@@ -72,11 +76,14 @@ class LiveWindow:
         return [self._attach(block, {}, MinMax) for block in self.blocks]
 
     def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
-        """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite."""
+        """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite.
+
+        Every process gives its samples, and gets the mean over those of all.
+        """
         functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
         output = self._run(functions, inputs)
         parts = [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(output, target, strict=True)]
-        mean = float(torch.stack(parts).mean())
+        mean = float(distributed.mean(torch.stack(parts)))
         return mean if math.isfinite(mean) else math.inf
 
     def round(

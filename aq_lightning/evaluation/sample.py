@@ -15,12 +15,15 @@ class Sample(Metric):
     """Values of independent units, such as windows of text or questions; computes their mean, float64 ().
 
     Over several processes the units of all are gathered.
+
+    Args:
+        options: of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
         self.add_state("kept", default=[], dist_reduce_fx="cat")
 
     def update(self, values: Tensor) -> None:

@@ -4,9 +4,9 @@
 2. The format's client, if one is installed, answers a fixed prompt as the fake-quantized model does in float32:
    exactly, or within the format's stated tolerance.
 
-The first covers all weights, one shard at a time. The second takes as many blocks from the start as fit in a fixed
-amount of memory: the whole model as it was written if it is small, else a copy of its first blocks, written again from
-what was read back.
+The first covers all weights, one shard at a time. The second takes a few blocks from the start, whatever their number,
+so that host memory stays flat: a model of no more as it was written, else a copy of its first blocks, written again
+from what was read back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from aq_lightning.scheme import Grid
 from aq_lightning.transforms.online import carrier
 
 RECORD = "parity.json"
-_MEMORY = 2 * 2**30  # bytes of the blocks that answer the prompt, in float32
+_BLOCKS = 8  # that answer the prompt at most
+_MEMORY = 2 * 2**30  # bytes of them at most, in float32, unless one takes more
 _PROMPT = 16  # tokens
 
 
@@ -148,7 +149,7 @@ class _FirstBlocks:
 def _first_blocks(subject: Subject) -> _FirstBlocks:
     blocks, config = subject.blocks(), subject.model_config
     size = max(4 * sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    count = min(len(blocks), max(1, _MEMORY // size))
+    count = min(len(blocks), _BLOCKS, max(1, _MEMORY // size))
     config.num_hidden_layers = count
     kinds = getattr(config, "layer_types", None)
     if kinds:

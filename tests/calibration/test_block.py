@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close, tiny_llama, with_true_norms
 from torch import Tensor
 
-from aq_lightning.calibration import BlockCalibration, Pairs, Position, attach, observed
+from aq_lightning.calibration import BlockCalibration, Pairs, Position, Share, attach, observed
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.sites import Heads
@@ -69,8 +69,8 @@ def test_batches_are_seeded_pairs() -> None:
 
     def order(seed: int) -> list[float]:
         seen = []
-        for x, y in Pairs(inputs, targets, 4, seed):
-            assert torch.equal(x, -y) and len(x) <= 4
+        for x, y, total in Pairs(inputs, targets, 4, seed):
+            assert torch.equal(x, -y) and len(x) == total <= 4
             seen += x.flatten().tolist()
         return seen
 
@@ -82,9 +82,27 @@ def test_batches_are_seeded_pairs() -> None:
 
 
 def test_batches_are_shuffled_anew_each_epoch() -> None:
-    loader = Pairs(torch.arange(16.0)[:, None, None], torch.zeros(16, 1, 1), 16, 0)
+    loader = Pairs(torch.arange(16.0)[:, None, None], torch.zeros(16, 1, 1), 4, 0)
     first, second = (next(iter(loader))[0].flatten().tolist() for _ in range(2))
     assert first != second
+
+
+@pytest.mark.parametrize("samples, batch_size, ranks", [(10, 4, 2), (10, 4, 3), (7, 8, 3), (9, 3, 3), (5, 1, 1)])
+def test_batches_do_not_depend_on_the_number_of_processes(samples: int, batch_size: int, ranks: int) -> None:
+    """Each process has its own samples; together they see the batches of one process, in its order."""
+    values = torch.arange(float(samples))[:, None, None]
+
+    def epochs(rank: int, ranks: int) -> list[tuple[set[float], int]]:
+        share = Share(samples, batch_size, rank, ranks)
+        own = values[share.indices()]
+        pairs = Pairs(own, own, batch_size, 3, share)
+        return [(set(x.flatten().tolist()), total) for _ in range(2) for x, _, total in pairs]
+
+    alone, parts = epochs(0, 1), [epochs(rank, ranks) for rank in range(ranks)]
+    assert len(alone) == 2 * -(-samples // batch_size) and all(len(seen) == total for seen, total in alone)
+    for (whole, total), *shares in zip(alone, *parts, strict=True):
+        assert set().union(*(seen for seen, _ in shares)) == whole and {each for _, each in shares} == {total}
+        assert sum(len(seen) for seen, _ in shares) == total
 
 
 @torch.no_grad()
