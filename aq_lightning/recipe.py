@@ -31,9 +31,9 @@ class LearningRates:
     """Step sizes of the three kinds of parameters; see the YAML files for tuned values."""
 
     transform: float
-    """Of affine, diagonal, rotary and shift parameters."""
+    """Of all maps: affine, Kronecker, dense, diagonal, rotary and shift parameters."""
     clipping: float
-    """Of the ranges of weight quantizers."""
+    """Of the ranges of weight quantizers, and of activations."""
     rounding: float = 0.0
     """Of what learned rounding adds to each weight, in steps of its grid."""
 

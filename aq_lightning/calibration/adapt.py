@@ -53,11 +53,15 @@ def adapt(
 def _left_out(architecture: Architecture, name: str, factory: FactorFactory) -> bool:
     """Whether a refused factor fits elsewhere: some architecture has a site of this name that absorbs it.
 
-    An online one does not ask what a site absorbs: where the site exists, something else is wrong with it.
+    An online one does not ask what a site absorbs: where the site exists, something else is wrong with it, unless it
+    belongs to rounding, which a scheme may not do, or stands in attention, where some models have no place for it.
     """
     factor = factory(SiteShape(1, 0))  # no channels: blocks of any width divide them
-    if factor.online and any(site.name == name for site in architecture.sites):
-        return False
+    own = [site for site in architecture.sites if site.name == name]
+    if factor.rounds and own:
+        return True
+    if factor.online and own:
+        return bool(own[0].dual) and not architecture.attention
     sites = (site for kind in model_types() for variant in variants_of(kind) for site in variant.sites)
     return any(
         site.name == name and (bool(site.consumers) if factor.online else factor.group in site.absorbs)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from aq_lightning.models.llama import SPEC as LLAMA
 from aq_lightning.models.sites import Architecture
 
-SPEC = Architecture(blocks=LLAMA.blocks, sites=LLAMA.sites)
+SPEC = Architecture(blocks=LLAMA.blocks, sites=LLAMA.sites, attention=LLAMA.attention)

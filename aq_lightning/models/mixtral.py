@@ -24,4 +24,5 @@ SPEC = Architecture(
         }
     ),
     stored=MappingProxyType({ROUTER: "block_sparse_moe.gate"}),
+    attention="self_attn",
 )

@@ -25,4 +25,5 @@ SPEC = Architecture(
             GATE_UP: Fused(parts=("gate", "up")),
         }
     ),
+    attention="self_attn",
 )

@@ -21,4 +21,5 @@ SPEC = Architecture(
             DOWN: ("mlp.experts.*.down_proj",),
         }
     ),
+    attention="self_attn",
 )

@@ -38,6 +38,8 @@ class Map(NamedTuple):
     """Number of channels ↦ δ over them, (channels); None: no shift."""
     folded: Callable[[Tensor], Tensor] | None = None
     """The part of ``inverse`` that acts on whatever produces x; None: all of it."""
+    folded_transpose: Callable[[Tensor], Tensor] | None = None
+    """The part of ``transpose`` that acts on what produces the other side of a product, keys; None: all of it."""
     online: tuple[Mapping[str, Tensor], ...] = ()
     """Tensors of the operations that are the rest of ``inverse``, in order."""
     diagonal: bool = False
@@ -75,6 +77,10 @@ class Factor(nn.Module, ABC):
     """Whether it starts by :meth:`search`."""
     online: bool = False
     """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
+    rounds: ClassVar[bool] = False
+    """Whether it is a part of rounding activations instead of an equivalence."""
+    written_out: ClassVar[bool] = True
+    """Whether A is small enough to be written out, for the condition number of a product."""
 
     @abstractmethod
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -130,9 +136,10 @@ class Transform(nn.Module):
         inverse = _chain([each.inverse for each in maps])
         transpose = _chain([each.transpose for each in maps])
         folded = _chain([each.inverse for each in maps if not each.online])
+        folded_transpose = _chain([each.transpose for each in maps if not each.online])
         online = tuple(tensors for each in maps for tensors in each.online)
         diagonal = all(each.diagonal for each in maps)
-        return Map(inverse, transpose, maps[0].shift if maps else None, folded, online, diagonal)
+        return Map(inverse, transpose, maps[0].shift if maps else None, folded, folded_transpose, online, diagonal)
 
     def online(self) -> list[Factor]:
         """The factors that act at run time."""
@@ -141,10 +148,11 @@ class Transform(nn.Module):
     def condition(self) -> Tensor:
         """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best.
 
-        Of factors whose blocks differ it is the product of their own, a bound.
+        Of factors whose blocks differ, or that are not written out, it is the product of their own, a bound.
         """
         mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
-        if len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
+        written_out = all(factor.written_out for factor in mixing)
+        if written_out and len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
             return condition_number(self.explicit())
         product = torch.ones((), dtype=torch.float64)
         for factor in mixing:

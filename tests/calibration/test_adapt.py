@@ -61,7 +61,7 @@ def test_online_factors_are_left_out_only_where_the_site_does_not_exist() -> Non
         assert list(model.blocks[0].named_modules()) == before, "checking leaves no trace"
         for wish, said in (
             ({"attention_input": [partial(ONLINE, block=48)]}, "must divide the 64 channels of its site, got 48"),
-            ({"query_key": [ONLINE]}, "none reads query_key"),
+            ({"query_key": [ONLINE]}, "one matrix per head, got Affine"),
         ):
             with pytest.raises(RequestError, match=said):
                 adapt(*place, wish, Scheme.parse("w4a16"))
