@@ -1,7 +1,7 @@
 """Attention whose queries, keys and values can be changed behind rotary embedding, where they are multiplied.
 
 transformers lets a configuration name the function that multiplies them. A module that carries hooks gets a copy of its
-configuration that names one of ours: it calls the hooks, then the function that the module would have called. What keys
+configuration that names ours: it calls the hooks, then the function that the module would have called. What keys
 and values become there is what a cache of that kind would hold: hooks that act on each token alone may run when tokens
 are written or when they are read.
 """
@@ -14,7 +14,7 @@ from copy import copy
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ALL
 
 from aq_lightning.errors import RequestError
 
@@ -32,7 +32,7 @@ class Heads(NamedTuple):
 
 Hook = Callable[[Heads], Heads]
 
-_PREFIX = "aq_lightning_"
+_NAME = "aq_lightning"
 _KINDS = ("eager", "sdpa")
 
 
@@ -44,11 +44,10 @@ class Handle:
 
     def remove(self) -> None:
         """Leaves the module as it was before."""
-        hooks = [hook for hook in self._module.attention_hooks if hook is not self._hook]
-        self._module.attention_hooks = hooks
-        if not hooks:
-            name = self._module.config._attn_implementation.removeprefix(_PREFIX)
-            self._module.config = _named(self._module.config, name)
+        module = self._module
+        module.attention_hooks = [hook for hook in module.attention_hooks if hook is not self._hook]
+        if not module.attention_hooks:
+            module.config = module.plain_config
 
 
 def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Handle:
@@ -58,15 +57,11 @@ def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Hand
         RequestError: attention runs by a function that is not known here.
     """
     hooks = vars(module).get("attention_hooks", [])
-    module.attention_hooks = [hook, *hooks] if prepend else [*hooks, hook]
-    name = module.config._attn_implementation or "eager"
     if not hooks:
-        if name not in _KINDS:
-            raise RequestError(
-                f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {name!r}: load the model with one "
-                "of these."
-            )
-        module.config = _named(module.config, f"{_PREFIX}{name}")
+        module.attention_function = _function(module)
+        module.plain_config, module.config = module.config, copy(module.config)
+        module.config._attn_implementation = _NAME
+    module.attention_hooks = [hook, *hooks] if prepend else [*hooks, hook]
     return Handle(module, hook)
 
 
@@ -75,23 +70,22 @@ def attentions(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if type(part).__name__.endswith("Attention") and "config" in vars(part)]
 
 
-def _named(config: object, implementation: str) -> object:
-    config = copy(config)
-    config._attn_implementation = implementation
-    return config
+def _function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What a module multiplies queries, keys and values with."""
+    kind = module.config._attn_implementation or "eager"
+    if kind not in _KINDS:
+        raise RequestError(
+            f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {kind!r}: load the model with one of "
+            "these."
+        )
+    return sys.modules[type(module).__module__].eager_attention_forward if kind == "eager" else _ALL[kind]
 
 
-def _function(kind: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: object, **named: object):
-        heads = Heads(query, key, value)
-        for hook in module.attention_hooks:
-            heads = hook(heads)
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        function = eager if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
-        return function(module, *heads, *others, **named)
-
-    return attend
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: object, **named: object):
+    heads = Heads(query, key, value)
+    for hook in module.attention_hooks:
+        heads = hook(heads)
+    return module.attention_function(module, *heads, *others, **named)
 
 
-for _kind in _KINDS:
-    ALL_ATTENTION_FUNCTIONS.register(f"{_PREFIX}{_kind}", _function(_kind))
+_ALL.register(_NAME, _attend)

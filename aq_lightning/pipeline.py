@@ -39,7 +39,7 @@ from aq_lightning.export.directory import gathered, verified
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import quantized
 from aq_lightning.recipe import Recipe
 
 
@@ -106,10 +106,10 @@ def quantize(job: Job, windows: Tensor) -> None:
         if not job.journal.finished(indices.start):
             same_input = live.run(streams.quantized) if recipe.objective.same_input else None
             target = recipe.objective.target(full, same_input)
-            with quantized_activations(live.blocks, recipe.scheme.activation):
+            with quantized(live.blocks, recipe.scheme):
                 calibrate(job, live, position, activations, streams, target)
             del target, same_input  # two streams stay between windows
-        with quantized_activations(live.blocks, recipe.scheme.activation):
+        with quantized(live.blocks, recipe.scheme):
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
             streams = Streams(full=full, quantized=live.run(streams.quantized))

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import Scaled, add_biases, add_shift_biases, fold, shift_directions
-from aq_lightning.calibration.places import carrier_of, check_place, check_rounded
+from aq_lightning.calibration.places import carrier_of, check_cache, check_place, check_rounded
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
 from aq_lightning.kernels.fake_quantize import Request, fake_quantize
@@ -29,7 +29,7 @@ class AttachedBlock(nn.Module):
     The block's parameters stay what they are: each forward pass computes the folded, fake-quantized tensors once and
     calls the block with them. Of that the block shows nothing, but that modules carry empty online products where
     there are online factors, until :meth:`detach` or merge. Activation quantization is separate:
-    :func:`aq_lightning.quantizers.quantized_activations`.
+    :func:`aq_lightning.quantizers.quantized`.
     """
 
     def __init__(
@@ -146,8 +146,10 @@ def attach(
 
     Raises:
         RequestError: an unknown site, a factor that its site cannot absorb and that is not online, a linear that
-            cannot take the bias that a shift needs, or a group size that does not divide.
+            cannot take the bias that a shift needs, a group size that does not divide, or keys and values that
+            cannot be rounded.
     """
+    check_cache(architecture, heads, scheme)
     sites = {site.name: site for site in architecture.sites}
     unknown = sorted(set(transforms) - set(sites))
     if unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from aq_lightning.errors import RequestError
-from aq_lightning.models.sites import Architecture, Site
+from aq_lightning.models.sites import Architecture, Heads, Site
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Factor
 from aq_lightning.transforms.online import PairProduct
@@ -68,11 +68,36 @@ def check_place(block: nn.Module, architecture: Architecture, site: Site, factor
         )
 
 
+def check_cache(architecture: Architecture, heads: Heads, scheme: Scheme) -> None:
+    """
+    Raises:
+        RequestError: the model's attention has no place where keys and values could be rounded, or a run of channels
+            does not divide a head.
+    """
+    if scheme.key_value is None:
+        return
+    if not architecture.attention:
+        raise RequestError(
+            f"Keys and values are rounded where a function is named for attention, got {scheme} for a model whose "
+            "attention transformers lets no function be named for: choose a scheme without kv."
+        )
+    size = scheme.key_value.group_size
+    if size is not None and heads.size % size:
+        raise RequestError(
+            f"A run of channels of keys and values divides a head of {heads.size}, got {size} in {scheme}: leave out x."
+        )
+
+
 def check_rounded(site: Site, factor: Factor, scheme: Scheme) -> None:
     """
     Raises:
-        RequestError: a part of rounding activations that are not rounded.
+        RequestError: a part of rounding activations that are not rounded, or an online matrix for keys that are not.
     """
+    if factor.online and site.dual and scheme.key_value is None:
+        raise RequestError(
+            f"Online at {site.name} {type(factor).__name__} serves rounded keys, got scheme {scheme} without any: "
+            f"choose one with kv, or remove it from transforms.{site.name}."
+        )
     if factor.rounds and scheme.activation is None:
         raise RequestError(
             f"{type(factor).__name__} is a part of rounding activations, got scheme {scheme}, which leaves them "

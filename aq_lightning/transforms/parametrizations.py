@@ -118,7 +118,7 @@ def matrices(blocks: int, size: int, form: Form, start: Start, seed: int = 0) ->
 
 def _start(size: int, start: Start, seed: int) -> Tensor:
     """(size, size), orthogonal."""
-    if start == "identity":
+    if start == "identity" or size == 0:
         return torch.eye(size, dtype=torch.float64)
     if start == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -72,7 +72,8 @@ def fresh(name: str) -> tuple[Tiny, nn.Module, Call]:
 
 def scrambled(small: Tiny, block: nn.Module, requested: dict[str, list[FactorFactory]], scheme: str):
     """Attached without rounding, with random parameters far from the identity and the whole band open."""
-    attached = attach(block, small.architecture, small.heads, requested, None, Scheme.parse(scheme), torch.float64)
+    integers = Scheme.parse(f"{scheme}kv4" if small.architecture.attention else scheme)
+    attached = attach(block, small.architecture, small.heads, requested, None, integers, torch.float64)
     for name, parameter in attached.transforms.named_parameters():
         noise = torch.randn_like(parameter)
         mixes = name.rpartition(".")[2] in ("matrix", "lower", "upper", "skew")
