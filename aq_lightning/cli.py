@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from aq_lightning.calibration import Cause, RunDirectory
+from aq_lightning.calibration import Cause, RunDirectory, rotated
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
@@ -215,7 +215,7 @@ class CommandLine(LightningCLI):
 
         rows = run.remembered("baselines", baselines)["rows"]
         job = Job(
-            pretrained,
+            rotated(pretrained, model.recipe.rotation),
             model.recipe,
             run,
             lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),

@@ -112,7 +112,7 @@ def quantize(job: Job, windows: Tensor) -> None:
         with quantized(live.blocks, recipe.scheme):
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
-            streams = Streams(full=full, quantized=live.run(streams.quantized))
+            streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
         live.release()
         if job.guards.keep_streams and indices is not plan[-1]:
             job.journal.keep(indices.stop, streams)

@@ -16,7 +16,7 @@ from aq_lightning.objectives import Objective
 from aq_lightning.quantizers import WeightQuantizerFactory
 from aq_lightning.rounders import Rounder
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import FactorFactory
+from aq_lightning.transforms import FactorFactory, Rotation
 
 _GREATEST_RATE = 1e6  # far beyond use, and still a number in every precision
 
@@ -115,6 +115,10 @@ class Recipe:
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""
     keep_best: bool = False
     """Whether the parameters of the step whose batch had the least loss are one more candidate."""
+    rotation: Rotation | None = None
+    """Of the stream between blocks, before anything else; None: none."""
+    inputs: Literal["quantized", "full"] = "quantized"
+    """What enters a block in training: what the blocks before it answer as they are quantized, or in full precision."""
     diagonal_guard: bool = False
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""
 

@@ -13,7 +13,6 @@ from aq_lightning.models.lookup import model_types, variants_of
 from aq_lightning.models.sites import Architecture, Heads, SiteShape
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import FactorFactory
-from aq_lightning.transforms.online import PairProduct
 
 Transforms = Mapping[str, Sequence[FactorFactory]]
 
@@ -65,7 +64,7 @@ def _left_out(architecture: Architecture, name: str, factory: FactorFactory, sch
         return True
     if factor.online and own:
         unused = not architecture.attention or scheme.key_value is None
-        return dual and unused and isinstance(factor.operation(), PairProduct)
+        return dual and unused and factor.operation().on_heads
     sites = (site for kind in model_types() for variant in variants_of(kind) for site in variant.sites)
     return any(
         site.name == name and (bool(site.consumers) if factor.online else factor.group in site.absorbs)

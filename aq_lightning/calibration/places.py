@@ -8,7 +8,6 @@ from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Architecture, Heads, Site
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Factor
-from aq_lightning.transforms.online import PairProduct
 
 
 def carrier_of(block: nn.Module, architecture: Architecture, site: Site) -> str:
@@ -51,7 +50,7 @@ def check_place(block: nn.Module, architecture: Architecture, site: Site, factor
     name = type(factor).__name__
     if factor.online:
         carrier_of(block, architecture, site)
-        if bool(site.dual) != isinstance(factor.operation(), PairProduct):
+        if bool(site.dual) != factor.operation().on_heads:
             raise RequestError(f"Online at {site.name} ({site.producer} ↔ {site.dual}) is one matrix per head, got "
                                f"{name}: use Dense, or remove it from transforms.{site.name}.")  # fmt: skip
         readers = [each for each in site.consumers if each not in architecture.experts]
@@ -98,7 +97,7 @@ def check_rounded(site: Site, factor: Factor, scheme: Scheme) -> None:
             f"Online at {site.name} {type(factor).__name__} serves rounded keys, got scheme {scheme} without any: "
             f"choose one with kv, or remove it from transforms.{site.name}."
         )
-    if factor.rounds and scheme.activation is None:
+    if factor.rounds and not site.dual and scheme.activation is None:
         raise RequestError(
             f"{type(factor).__name__} is a part of rounding activations, got scheme {scheme}, which leaves them "
             f"alone: remove it from transforms.{site.name}."

@@ -38,4 +38,5 @@ SPEC = Architecture(
         {"attention_bias": ATTENTION, "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     ),
     attention="self_attn",
+    final_norm="model.norm",
 )

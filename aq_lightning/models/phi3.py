@@ -26,4 +26,5 @@ SPEC = Architecture(
         }
     ),
     attention="self_attn",
+    final_norm="model.norm",
 )

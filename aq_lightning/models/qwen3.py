@@ -19,4 +19,5 @@ SPEC = Architecture(
     sites=(ATTENTION_INPUT, QUERY_KEY, VALUE_OUTPUT, MLP_INPUT, MLP_HIDDEN),
     bias_switches=MappingProxyType({"attention_bias": ATTENTION}),
     attention="self_attn",
+    final_norm="model.norm",
 )

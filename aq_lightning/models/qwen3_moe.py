@@ -22,4 +22,5 @@ SPEC = Architecture(
         }
     ),
     attention="self_attn",
+    final_norm="model.norm",
 )

@@ -209,6 +209,9 @@ class Architecture:
     attention: str = ""
     """The module that multiplies queries and keys, if transformers lets a function be named for it; empty: nothing is
     online there, and keys and values stay in full precision."""
+    final_norm: str = ""
+    """The norm before the output head, if the stream between blocks can be rotated: every norm divides by a root mean
+    square alone, and only embeddings and linears write to the stream; empty: it cannot."""
     heads: str = "num_attention_heads"
     """Config field with the number of query heads."""
     key_value_heads: str | int = "num_key_value_heads"

@@ -28,6 +28,8 @@ class Operation(nn.Module, ABC):
 
     names: ClassVar[tuple[str, ...]]
     """Names of its tensors."""
+    on_heads: ClassVar[bool] = False
+    """Whether it acts on what attention multiplies, as heads, instead of on channels."""
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
@@ -84,6 +86,7 @@ class PairProduct(Operation):
     one key-value head, a single one all."""
 
     names: ClassVar[tuple[str, ...]] = ("query", "key")
+    on_heads: ClassVar[bool] = True
 
     def forward(self, x: Heads) -> Heads:
         query, key = (
@@ -102,11 +105,29 @@ class TokenClip(Operation):
     names: ClassVar[tuple[str, ...]] = ("clip",)
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (…, 1) each
-        return torch.maximum(torch.minimum(x, high * self.clip[1]), low * self.clip[0])
+        return clipped(x, self.clip)
 
     def multiply_adds(self, channels: int) -> int:
         return 0
+
+
+class CacheClip(Operation):
+    """Keys and values of each token and head cut to fractions of their range, (2) each as in :class:`TokenClip`."""
+
+    names: ClassVar[tuple[str, ...]] = ("key_clip", "value_clip")
+    on_heads: ClassVar[bool] = True
+
+    def forward(self, x: Heads) -> Heads:
+        return x._replace(key=clipped(x.key, self.key_clip), value=clipped(x.value, self.value_clip))
+
+    def multiply_adds(self, channels: int) -> int:
+        return 0
+
+
+def clipped(x: Tensor, ends: Tensor) -> Tensor:
+    """(…, channels) cut to the fraction ``ends[0]`` of each row's least and ``ends[1]`` of its greatest channel."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (…, 1) each
+    return torch.maximum(torch.minimum(x, high * ends[1]), low * ends[0])
 
 
 def block_product(x: Tensor, matrix: Tensor) -> Tensor:
