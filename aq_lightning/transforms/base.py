@@ -75,6 +75,8 @@ class Factor(nn.Module, ABC):
     """Blocks of channels that it mixes."""
     searches: ClassVar[bool] = False
     """Whether it starts by :meth:`search`."""
+    balances: bool = False
+    """Whether it starts by :meth:`balance`."""
     online: bool = False
     """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
     rounds: ClassVar[bool] = False
@@ -100,6 +102,15 @@ class Factor(nn.Module, ABC):
         Args:
             error: of what the site's consumers answer with rounded weights, at the parameters that the factor has when
                 it is called.
+        """
+
+    def balance(self, read: Tensor, weights: Tensor) -> None:
+        """Starts from second moments; called after :meth:`initialize` iff ``balances``.
+
+        Args:
+            read: E[xᵀ x] of what the site's consumers read at the factor's present parameters, float64 (channels,
+                channels).
+            weights: Wᵀ W of all consumers, as they read it, the same shape.
         """
 
     def operation(self) -> Operation | None:

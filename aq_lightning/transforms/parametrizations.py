@@ -30,6 +30,10 @@ class Free(nn.Module):
         super().__init__()
         self.matrix = nn.Parameter(start.clone())
 
+    def stretch(self, by: Tensor) -> None:
+        """Multiplies the start from the left, (size, size)."""
+        self.matrix.copy_(by @ self.matrix)
+
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.matrix, inverse(self.matrix, "pivoted")[0]
 
@@ -56,6 +60,10 @@ class LDU(nn.Module):
         self.upper = nn.Parameter(torch.zeros_like(start))
         self.log_diagonal = nn.Parameter(torch.zeros_like(start[..., 0]))  # (blocks, size)
         self.register_buffer("origin", start.clone())
+
+    def stretch(self, by: Tensor) -> None:
+        """Multiplies the start from the left, (size, size)."""
+        self.origin.copy_(by @ self.origin)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         unit = torch.eye(self.lower.shape[-1], dtype=self.lower.dtype, device=self.lower.device)
