@@ -35,7 +35,7 @@ class Free(nn.Module):
         self.matrix.copy_(by @ self.matrix)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return self.matrix, inverse(self.matrix, "pivoted")[0]
+        return self.matrix, _inverted(self.matrix)
 
 
 class Orthogonal(nn.Module):
@@ -69,7 +69,7 @@ class LDU(nn.Module):
         unit = torch.eye(self.lower.shape[-1], dtype=self.lower.dtype, device=self.lower.device)
         lower, upper = self.lower.tril(-1) + unit, self.upper.triu(1) + unit
         matrix = (lower * self.log_diagonal.exp()[:, None]) @ upper @ self.origin
-        return matrix, inverse(matrix, "pivoted")[0]
+        return matrix, _inverted(matrix)
 
 
 class SVD(nn.Module):
@@ -139,7 +139,13 @@ def _start(size: int, start: Start, seed: int) -> Tensor:
     return hadamard(size)
 
 
+def _inverted(matrix: Tensor) -> Tensor:
+    """In training by what graphs can record; where nothing is trained, with pivoting."""
+    method = "normal" if torch.is_grad_enabled() else "pivoted"
+    return inverse(matrix, method, wait=not matrix.is_cuda)[0]
+
+
 def _cayley(skew: Tensor) -> Tensor:
     """``(I − S)(I + S)⁻¹ = 2 (I + S)⁻¹ − I`` of the skew part S."""
     unit = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return 2 * inverse(unit + skew - skew.mT, "pivoted")[0] - unit
+    return 2 * _inverted(unit + skew - skew.mT) - unit
