@@ -54,13 +54,13 @@ def _left_out(architecture: Architecture, name: str, factory: FactorFactory, sch
     """Whether a refused factor fits elsewhere: some architecture has a site of this name that absorbs it.
 
     An online one does not ask what a site absorbs: where the site exists, something else is wrong with it, unless it
-    belongs to rounding, which a scheme may not do, or stands in attention, where some models have no place for it and
-    some schemes no use.
+    belongs to rounding, which a scheme may not do, stands in attention, where some models have no place for it and some
+    schemes no use, or inside experts, where each reads its own.
     """
     own = [site for site in architecture.sites if site.name == name]
     dual = bool(own and own[0].dual)
     factor = factory(SiteShape(1, 0, dual=dual))  # no channels: blocks of any width divide them
-    if factor.rounds and own:
+    if own and (factor.rounds or factor.online and own[0].per_expert):
         return True
     if factor.online and own:
         unused = not architecture.attention or scheme.key_value is None

@@ -58,7 +58,7 @@ class LDU(nn.Module):
         super().__init__()
         self.lower = nn.Parameter(torch.zeros_like(start))
         self.upper = nn.Parameter(torch.zeros_like(start))
-        self.log_diagonal = nn.Parameter(torch.zeros_like(start[..., 0]))  # (blocks, size)
+        self.log_diagonal = nn.Parameter(start.new_zeros(start.shape[:-1]))  # (blocks, size)
         self.register_buffer("origin", start.clone())
 
     def stretch(self, by: Tensor) -> None:
@@ -82,7 +82,7 @@ class SVD(nn.Module):
         super().__init__()
         self.left = Orthogonal(start)
         self.right = Orthogonal(torch.eye(start.shape[-1], dtype=start.dtype).expand_as(start))
-        self.log_singular = nn.Parameter(torch.zeros_like(start[..., 0]))  # (blocks, size)
+        self.log_singular = nn.Parameter(start.new_zeros(start.shape[:-1]))  # (blocks, size)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         (left, left_inverse), (right, right_inverse) = self.left(), self.right()
