@@ -44,7 +44,8 @@ def test_checkpoint_scores_as_in_the_table(run: Path, text_file: Path, tmp_path:
         ["test", f"--model.pretrained={run / 'checkpoint'}", f"--data.source={text_file}", "--data.length=32"]
         + ["--trainer.accelerator=cpu", f"--out={tmp_path / 'scored'}"]
     )
-    assert {**last_row(tmp_path / "scored", "test.json"), "model": ""} == {**last_row(run), "model": ""}
+    scored, row = last_row(tmp_path / "scored", "test.json"), last_row(run)
+    assert {name: scored[name] for name in row} == {**row, "model": str(run / "checkpoint")}
 
 
 def test_what_the_checkpoint_holds(run: Path) -> None:
