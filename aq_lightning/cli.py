@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aq_lightning import distributed
-from aq_lightning.calibration import RunDirectory, open_run
+from aq_lightning.calibration import RunDirectory, open_run, rotated
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
@@ -226,7 +226,7 @@ class CommandLine(LightningCLI):
 
         rows = run.remembered("baselines", baselines)["rows"]
         job = Job(
-            pretrained,
+            rotated(pretrained, model.recipe.rotation),
             model.recipe,
             run,
             lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),

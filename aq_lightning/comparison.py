@@ -33,7 +33,7 @@ from aq_lightning.export.loading import open_model, open_parts
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import MinMax, quantized_activations
+from aq_lightning.quantizers import MinMax, quantized
 from aq_lightning.recipe import StreamStorage
 from aq_lightning.scheme import Grid, Scheme
 
@@ -65,7 +65,7 @@ class Comparison:
         for index, block in enumerate(read_ahead(pretrained.block, range(len(pretrained.blocks)))):
             full = self._pass(deepcopy(block), arguments[index], full)
             merge(attach(block, pretrained.architecture, pretrained.heads, {}, MinMax, scheme, storage), storage)
-            with quantized_activations([block], scheme.activation):
+            with quantized([block], scheme):
                 nearest = self._pass(block, arguments[index], nearest)
         bits = nearest_bits(pretrained.blocks, scheme.weight, storage)
         return [
@@ -95,7 +95,7 @@ class Comparison:
         shell = model.shell()
         stream, arguments = capture(shell, self._windows, self.storage, self._device)
         for index, block in enumerate(read_ahead(model.block, range(len(model.blocks)))):
-            with quantized_activations([block], None if scheme is None else scheme.activation):
+            with quantized([block], scheme):
                 stream = self._pass(block, arguments[index], stream)
         perplexity = self._score(shell, stream)
         if scheme is None:

@@ -38,7 +38,7 @@ class Run:
         if method != "compressed-tensors":
             raise RequestError(
                 f"A checkpoint to export has transforms that fold, got quant_method {method!r}, whose online "
-                "transforms no other format holds: calibrate without them."
+                "transforms or quantized keys and values no other format holds: calibrate without them."
             )
 
     @property

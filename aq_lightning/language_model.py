@@ -17,7 +17,7 @@ from aq_lightning.quantizers import MinMax, WeightQuantizer
 from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
 from aq_lightning.rounders import Nearest, Rounder
 from aq_lightning.scheme import Grid, Scheme
-from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory
+from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory, Rotation
 
 _UNIT = SiteShape(1, 1)
 
@@ -49,6 +49,9 @@ class QuantizedLanguageModel(LightningModule):
             GPU.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
+        rotation: of the stream between blocks, folded into the whole model before anything else; null: none.
+        inputs: what enters a block in training: what the blocks before it answer as they are quantized, or (FlatQuant)
+            in full precision.
         keep_best: whether the parameters of the step whose batch had the least loss are kept as one more candidate, at
             the cost of a copy of all trained parameters.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
@@ -77,6 +80,8 @@ class QuantizedLanguageModel(LightningModule):
         compiled: bool | None = None,
         captured: bool | None = None,
         layout: Layout = "padded",
+        rotation: Rotation | None = None,
+        inputs: Literal["quantized", "full"] = "quantized",
         keep_best: bool = False,
         diagonal_guard: bool = False,
         references: list[Literal["nf4", "int8"]] | None = None,
@@ -103,6 +108,8 @@ class QuantizedLanguageModel(LightningModule):
             optimizer=optimizer,
             learning_rates=learning_rates,
             decay=decay,
+            rotation=rotation,
+            inputs=inputs,
             keep_best=keep_best,
             batch_size=batch_size,
             plan=plan,

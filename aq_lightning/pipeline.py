@@ -41,7 +41,7 @@ from aq_lightning.export.directory import gathered, verified
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import quantized
 from aq_lightning.recipe import Recipe
 
 
@@ -118,13 +118,13 @@ def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
         if not job.journal.finished(indices.start):
             same_input = live.run(streams.quantized) if recipe.objective.same_input else None
             target = recipe.objective.target(full, same_input)
-            with quantized_activations(live.blocks, recipe.scheme.activation):
+            with quantized(live.blocks, recipe.scheme):
                 calibrate(job, live, position, activations, streams, target, share)
             del target, same_input  # two streams stay between windows
-        with quantized_activations(live.blocks, recipe.scheme.activation):
+        with quantized(live.blocks, recipe.scheme):
             packed = job.journal.weights(indices.start)
             live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
-            streams = Streams(full=full, quantized=live.run(streams.quantized))
+            streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
         live.release()
         if job.guards.keep_streams and indices is not plan[-1]:
             job.journal.keep(indices.stop, streams)

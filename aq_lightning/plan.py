@@ -24,7 +24,7 @@ from aq_lightning.calibration import (
 from aq_lightning.experts import run_here
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.preparation import Prepared
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import quantized
 
 _VOCABULARY = 64  # tokens of the random model
 _STEPS = 2
@@ -69,7 +69,7 @@ class Probe:
         with observed(live.blocks, self.prepared.architecture.sites) as activations:
             target = live.run(stream)
         forward = self._seconds(lambda: live.run(stream)) / _STEPS
-        with quantized_activations(live.blocks, recipe.scheme.activation):
+        with quantized(live.blocks, recipe.scheme):
             module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
             stopwatch = _Stopwatch(self._now)
             trainer.callbacks.append(stopwatch)

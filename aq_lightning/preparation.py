@@ -86,6 +86,8 @@ def prepare(model: QuantizedLanguageModel) -> Prepared:
         folding, refusals = adapt(block, architecture, heads, recipe.transforms, recipe.scheme)
         recipe = replace(recipe, transforms=folding)
         notes += [f"left out: {refusal}" for refusal in refusals]
+    if recipe.rotation is not None:
+        recipe.rotation.check(architecture, config.get_text_config().hidden_size)
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)

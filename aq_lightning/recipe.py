@@ -16,7 +16,7 @@ from aq_lightning.objectives import Objective
 from aq_lightning.quantizers import WeightQuantizerFactory
 from aq_lightning.rounders import Rounder
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import FactorFactory
+from aq_lightning.transforms import FactorFactory, Rotation
 
 _GREATEST_RATE = 1e6  # far beyond use, and still a number in every precision
 
@@ -31,9 +31,9 @@ class LearningRates:
     """Step sizes of the three kinds of parameters; see the YAML files for tuned values."""
 
     transform: float
-    """Of affine, diagonal, rotary and shift parameters."""
+    """Of all maps: affine, Kronecker, dense, diagonal, rotary and shift parameters."""
     clipping: float
-    """Of the ranges of weight quantizers."""
+    """Of the ranges of weight quantizers, and of activations."""
     rounding: float = 0.0
     """Of what learned rounding adds to each weight, in steps of its grid."""
 
@@ -115,6 +115,10 @@ class Recipe:
     """How the checkpoint's words are filled; matters for 3, 5, 6 and 7 bits."""
     keep_best: bool = False
     """Whether the parameters of the step whose batch had the least loss are one more candidate."""
+    rotation: Rotation | None = None
+    """Of the stream between blocks, before anything else; None: none."""
+    inputs: Literal["quantized", "full"] = "quantized"
+    """What enters a block in training: what the blocks before it answer as they are quantized, or in full precision."""
     diagonal_guard: bool = False
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""
 

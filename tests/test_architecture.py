@@ -47,7 +47,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.objectives",
     ),
     ("aq_lightning.kernels",),
-    ("aq_lightning.qtensor", "aq_lightning.experts"),
+    ("aq_lightning.qtensor", "aq_lightning.experts", "aq_lightning.attention"),
     ("aq_lightning.scheme", "aq_lightning.models.sites"),
     ("aq_lightning.vigil", "aq_lightning.strategy"),
     ("aq_lightning.errors", "aq_lightning.durable", "aq_lightning.distributed"),

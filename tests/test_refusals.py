@@ -226,7 +226,7 @@ def test_transform_that_does_not_fold(refused, tmp_path: Path, site: str, factor
 @pytest.mark.parametrize(
     "site, arguments, parts",
     [
-        ("query_key", "online: true", ["none reads query_key", "transforms.query_key"]),
+        ("query_key", "online: true", ["got Affine: use Dense", "transforms.query_key"]),
         ("mlp_hidden", "online: true, block: 96", ["divide the 128 channels", "got 96", "use 64, or null"]),
         ("value_output", "block: 8", ["got 8 without online", "online: true"]),
     ],

@@ -42,7 +42,7 @@ def adapt(
             try:
                 attach(block, architecture, heads, {site: [factory]}, None, scheme, torch.float32).detach()
             except RequestError as refusal:
-                if not _left_out(architecture, site, factory):
+                if not _left_out(architecture, site, factory, scheme):
                     raise
                 refusals.append(str(refusal))
             else:
@@ -50,14 +50,21 @@ def adapt(
     return folding, refusals
 
 
-def _left_out(architecture: Architecture, name: str, factory: FactorFactory) -> bool:
+def _left_out(architecture: Architecture, name: str, factory: FactorFactory, scheme: Scheme) -> bool:
     """Whether a refused factor fits elsewhere: some architecture has a site of this name that absorbs it.
 
-    An online one does not ask what a site absorbs: where the site exists, something else is wrong with it.
+    An online one does not ask what a site absorbs: where the site exists, something else is wrong with it, unless it
+    belongs to rounding, which a scheme may not do, stands in attention, where some models have no place for it and some
+    schemes no use, or inside experts, where each reads its own.
     """
-    factor = factory(SiteShape(1, 0))  # no channels: blocks of any width divide them
-    if factor.online and any(site.name == name for site in architecture.sites):
-        return False
+    own = [site for site in architecture.sites if site.name == name]
+    dual = bool(own and own[0].dual)
+    factor = factory(SiteShape(1, 0, dual=dual))  # no channels: blocks of any width divide them
+    if own and (factor.rounds or factor.online and own[0].per_expert):
+        return True
+    if factor.online and own:
+        unused = not architecture.attention or scheme.key_value is None
+        return dual and unused and factor.operation().on_heads
     sites = (site for kind in model_types() for variant in variants_of(kind) for site in variant.sites)
     return any(
         site.name == name and (bool(site.consumers) if factor.online else factor.group in site.absorbs)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import Scaled, add_biases, add_shift_biases, fold, shift_directions
-from aq_lightning.calibration.places import carrier_of, check_place
+from aq_lightning.calibration.places import carrier_of, check_cache, check_place, check_rounded
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
 from aq_lightning.kernels.fake_quantize import Request, fake_quantize
@@ -29,7 +29,7 @@ class AttachedBlock(nn.Module):
     The block's parameters stay what they are: each forward pass computes the folded, fake-quantized tensors once and
     calls the block with them. Of that the block shows nothing, but that modules carry empty online products where
     there are online factors, until :meth:`detach` or merge. Activation quantization is separate:
-    :func:`aq_lightning.quantizers.quantized_activations`.
+    :func:`aq_lightning.quantizers.quantized`.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class AttachedBlock(nn.Module):
         self.quantizers = nn.ModuleDict({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.moved = frozenset(moved)
         sites = {site.name: site for site in architecture.sites}
-        self.carriers = {name: carrier_of(block, sites[name]) for name, each in transforms.items() if each.online()}
+        self.carriers = {
+            name: carrier_of(block, architecture, sites[name]) for name, each in transforms.items() if each.online()
+        }
         for name, module in self.carriers.items():
             carry_empty(block.get_submodule(module), [factor.operation() for factor in transforms[name].online()])
 
@@ -144,8 +146,10 @@ def attach(
 
     Raises:
         RequestError: an unknown site, a factor that its site cannot absorb and that is not online, a linear that
-            cannot take the bias that a shift needs, or a group size that does not divide.
+            cannot take the bias that a shift needs, a group size that does not divide, or keys and values that
+            cannot be rounded.
     """
+    check_cache(architecture, heads, scheme)
     sites = {site.name: site for site in architecture.sites}
     unknown = sorted(set(transforms) - set(sites))
     if unknown:
@@ -156,7 +160,8 @@ def attach(
         shape = site_shape(block, sites[name], heads)
         factors = [factory(shape) for factory in factories]
         for factor in factors:
-            check_place(block, sites[name], factor)
+            check_place(block, architecture, sites[name], factor)
+            check_rounded(sites[name], factor, scheme)
         if factors:
             built[name] = Transform(factors).to(next(block.parameters()).device)
     shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]
@@ -241,13 +246,14 @@ def site_shape(block: nn.Module, site: Site, heads: Heads) -> SiteShape:
     """Blocks and sizes of a site: key-value heads, experts, or all channels that consumers read or norms scale."""
     rotary = heads.rotary if site.dual else None
     if site.per_head:
-        return SiteShape(heads.key_value, heads.size, rotary)
+        group = heads.query // heads.key_value if site.consumers else 1
+        return SiteShape(heads.key_value, heads.size, rotary, group, bool(site.dual))
     if site.per_expert:
         experts, _, width = block.get_parameter(site.consumers[0]).shape
         return SiteShape(experts, width)
     if site.consumers:
         return SiteShape(1, block.get_submodule(site.consumers[0]).weight.shape[1])
-    return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary)
+    return SiteShape(1, block.get_submodule(site.producer).weight.shape[0], rotary, dual=bool(site.dual))
 
 
 def gained_biases(attached: AttachedBlock) -> set[str]:

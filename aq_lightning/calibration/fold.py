@@ -71,7 +71,8 @@ def fold(
         outward = each if each.folded is None else each._replace(inverse=each.folded)
         _over_outputs(folded, producer, outward, outward.inverse, offset, site.name in moved)
         if site.dual:
-            _over_outputs(folded, architecture.member(site.dual, heads), each, each.transpose, offset)
+            dual = each.transpose if each.folded_transpose is None else each.folded_transpose
+            _over_outputs(folded, architecture.member(site.dual, heads), each, dual, offset)
         for consumer in site.consumers:
             name = architecture.member(consumer, heads).weight
             weight = folded[name]

@@ -33,10 +33,11 @@ def optimization(
     for block in blocks:
         offsets = [each.offset for each in block.quantizers.values() if each.offset is not None]
         ranges = [each for name, each in block.quantizers.named_parameters() if not name.endswith(OFFSET)]
-        kinds = {"transform": block.transforms.parameters(), "clipping": ranges, "rounding": offsets}
-        groups += [
-            {"params": list(kinds[kind]), "lr": getattr(recipe.learning_rates, kind) * slowdown} for kind in kinds
-        ]
+        factors = [factor for transform in block.transforms.values() for factor in transform.factors]
+        clips = [each for factor in factors if factor.rounds for each in factor.parameters() if each.requires_grad]
+        maps = [each for factor in factors if not factor.rounds for each in factor.parameters()]
+        kinds = {"transform": maps, "clipping": [*ranges, *clips], "rounding": offsets}
+        groups += [{"params": kinds[kind], "lr": getattr(recipe.learning_rates, kind) * slowdown} for kind in kinds]
     optimizer = recipe.optimizer([group for group in groups if group["params"]])
     if recipe.decay == "none":
         return optimizer

@@ -123,10 +123,44 @@ def choose_scales(attached: AttachedBlock, passes: Passes, stream: Tensor) -> No
             factor.search(_site_error(attached, passes, stream, site))
 
 
+@torch.no_grad()
+def balance(attached: AttachedBlock, passes: Passes, stream: Tensor) -> None:
+    """Lets every factor that starts from second moments do so, all from one pass.
+
+    Args:
+        attached: the block.
+        passes: how streams pass through it.
+        stream: what enters it, (samples, length, hidden).
+    """
+    factors = {
+        site: [each for each in attached.transforms[site.name].factors if each.balances]
+        for site in attached.architecture.sites
+        if site.name in attached.transforms and site.consumers
+    }
+    if not any(factors.values()):
+        return
+    block = FoldedBlock(attached, passes)
+    read = {
+        site: [name for consumer in site.consumers if (name := _weight(attached, consumer)) in block.quantizers]
+        for site, each in factors.items()
+        if each
+    }
+    seen = block.moments([names[0] for names in read.values()], {}, Streams(stream, stream))
+    for site, names in read.items():
+        rows = torch.cat([block.folded[name].flatten(0, -2) for name in names])  # (outputs of all consumers, channels)
+        second = torch.stack([each.second for each in seen[names[0]]]).sum(0)
+        for factor in factors[site]:
+            factor.balance(second, rows.mT @ rows)
+
+
+def _weight(attached: AttachedBlock, consumer: str) -> str:
+    return attached.architecture.member(consumer, attached.heads).weight
+
+
 def _site_error(attached: AttachedBlock, passes: Passes, stream: Tensor, site: Site) -> Callable[[], float]:
     """The error of a site's consumers at whatever its transform is when it is called."""
     block = FoldedBlock(attached, passes)
-    members = [attached.architecture.member(name, attached.heads).weight for name in site.consumers]
+    members = [_weight(attached, consumer) for consumer in site.consumers]
     read = {
         name: block.moments([name], {}, Streams(stream, stream))[name] for name in members if name in block.quantizers
     }

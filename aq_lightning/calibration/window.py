@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
 from aq_lightning.calibration.observe import Ranges, initialize
-from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, choose_ranges, choose_scales, rounded
+from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, balance, choose_ranges, choose_scales, rounded
 from aq_lightning.calibration.streams import Arguments, Streams, check_finite, run, to_device
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.naming import from_checkpoint, to_checkpoint
@@ -65,6 +65,7 @@ class LiveWindow:
         for block, plain, ranges, passes in zip(attached, self.blocks, activations, self._passes(), strict=True):
             initialize(block, ranges)
             choose_scales(block, passes, inputs)
+            balance(block, passes, inputs)
             choose_ranges(block, passes, inputs)
             for part in (block.transforms, block.quantizers):
                 distributed.agree(part)

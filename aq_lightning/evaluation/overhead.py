@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from aq_lightning.attention import attentions
 from aq_lightning.experts import stacks, weights_per_token
+from aq_lightning.models.lookup import architecture_of, heads_of
 from aq_lightning.transforms.online import Online, carried
 
 
@@ -37,7 +39,8 @@ def overhead(blocks: nn.Module) -> Overhead:
     """Counts every online product below ``blocks``, which may be on the meta device.
 
     A dense matrix of n channels has n² numbers and as many multiply–adds; blocks of width b have n · b of both, or
-    fewer numbers where query heads share them.
+    fewer numbers where query heads share them; a Kronecker product has n₁² + n₂² numbers and n (n₁ + n₂)
+    multiply–adds.
     """
     dense = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
     weights = dense + sum(stack.numel() for stack in stacks(blocks).values())
@@ -69,9 +72,16 @@ def overhead_lines(block: nn.Module, carriers: dict[str, str], blocks: int, widt
 
 def _cost(module: nn.Module, online: Online) -> tuple[int, int]:
     """Numbers and multiply–adds per token of what a module carries."""
-    channels = module.weight.shape[-1]  # of a norm's gain (channels) or a linear's weight (out, in)
     numbers = sum(tensor.numel() for tensor in online.parameters())
-    return numbers, sum(operation.multiply_adds(channels) for operation in online)
+    return numbers, sum(operation.multiply_adds(_channels(module)) for operation in online)
+
+
+def _channels(module: nn.Module) -> int:
+    """How many channels of a token a module's products meet."""
+    if module in attentions(module):
+        heads = heads_of(module.config, architecture_of(module.config))
+        return (heads.query + heads.key_value) * heads.size
+    return module.weight.shape[-1]  # of a norm's gain (channels) or a linear's weight (out, in)
 
 
 def _amount(cost: Overhead, width: int) -> str:

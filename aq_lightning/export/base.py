@@ -143,7 +143,7 @@ def check_weights_only(subject: Subject, form: str) -> None:
     Raises:
         RequestError: quantized activations, or experts.
     """
-    if subject.scheme.activation is not None:
+    if subject.scheme.activation is not None or subject.scheme.key_value is not None:
         raise RequestError(
             f"{form} holds quantized weights only, got {subject.scheme}, which quantizes activations too: "
             "export compressed-tensors, or calibrate an a16 scheme."

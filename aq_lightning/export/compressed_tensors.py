@@ -21,6 +21,7 @@ layout was used is noted in the header of each safetensors file, for nothing in 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,10 +35,10 @@ from aq_lightning.export.compressed_tensors_config import (
     METHOD,
     PACKED,
     format_of,
-    online_config,
+    own_config,
     quantization_config,
     scheme_of,
-    without_online,
+    split_config,
 )
 from aq_lightning.export.directory import Description, StoredTensors, read_config, write_directory
 from aq_lightning.kernels.layout import LAYOUTS, Layout, pack_words, same_in_both, unpack_words, words
@@ -161,10 +162,11 @@ def write(
 
     def description(names: Collection[str]) -> Description:
         online = sorted({carrier(name) for name in names} - {""})
-        if not online:
+        if not online and scheme.key_value is None:
             return Description({**source_config, "quantization_config": section})
-        refused = {"transformers_weights": f"none, for its online products run in {METHOD} only"}
-        return Description({**source_config, **refused, "quantization_config": online_config(section, online)}, METHOD)
+        refused = {"transformers_weights": f"none, for what it does online runs in {METHOD} only"}
+        own = own_config(section, online, scheme.key_value)
+        return Description({**source_config, **refused, "quantization_config": own}, METHOD)
 
     stored = map(partial(_stored, scheme=scheme, layout=layout), shards)
     write_directory(out, description, stored, {LAYOUT_NOTE: layout}, extra_files)
@@ -205,9 +207,10 @@ def read(directory: Path) -> tuple[Scheme, Checkpoint]:
     config = read_config(directory)
     if "quantization_config" not in config:
         raise RequestError(f"A quantized checkpoint's config.json has a quantization_config, got none in {directory}.")
-    section, online = without_online(config["quantization_config"])
-    scheme = scheme_of(section)
-    checkpoint = Checkpoint(StoredTensors(directory, METHOD) if online else StoredTensors(directory), scheme.weight)
+    section, online, key_value = split_config(config["quantization_config"])
+    scheme = replace(scheme_of(section), key_value=key_value)
+    own = section is not config["quantization_config"]
+    checkpoint = Checkpoint(StoredTensors(directory, METHOD) if own else StoredTensors(directory), scheme.weight)
     found = sorted({carrier(name) for name in checkpoint} - {""})
     if found != online:
         raise RequestError(

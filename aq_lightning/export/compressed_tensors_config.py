@@ -87,18 +87,23 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def online_config(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """A ``quantization_config`` for a model whose ``modules`` carry online products: another method's, for no client of
-    compressed-tensors can run them; the inverse of :func:`without_online`."""
-    return {"quant_method": METHOD, "compressed_tensors": config, "online": list(modules)}
+def own_config(config: Mapping[str, Any], modules: Sequence[str], key_value: Grid | None) -> dict[str, Any]:
+    """A ``quantization_config`` for a model whose ``modules`` carry online products, or whose keys and values have a
+    grid: another method's, for no client of compressed-tensors can run them; the inverse of :func:`split_config`."""
+    cache = {} if key_value is None else {"key_value": {"bits": key_value.bits, "group_size": key_value.group_size}}
+    return {"quant_method": METHOD, "compressed_tensors": config, "online": list(modules), **cache}
 
 
-def without_online(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The section of compressed-tensors in a ``quantization_config``, and the modules that carry online products."""
+def split_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str], Grid | None]:
+    """The section of compressed-tensors in a ``quantization_config``, the modules that carry online products, and the
+    grid of keys and values."""
     if config.get("quant_method") != METHOD:
-        return config, []
-    _expect("quantization_config", config, {"quant_method": METHOD}, {"compressed_tensors", "online"})
-    return config["compressed_tensors"], config["online"]
+        return config, [], None
+    _expect("quantization_config", config, {"quant_method": METHOD}, {"compressed_tensors", "online", "key_value"})
+    cache = config.get("key_value")
+    if cache is not None:
+        _expect("quantization_config.key_value", cache, {}, {"bits", "group_size"})
+    return config["compressed_tensors"], config["online"], None if cache is None else Grid(**cache)
 
 
 def _arguments(grid: Grid, strategy: str, *, dynamic: bool, observer: str | None = None) -> dict[str, Any]:

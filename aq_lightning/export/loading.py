@@ -37,8 +37,8 @@ def open_model(
     """A causal language model on the CPU, its tokenizer, and the scheme if it is quantized.
 
     Quantized weights are dequantized into an ordinary model, without any other package; its modules carry the online
-    products that the checkpoint holds. Activation quantization is for the caller to apply
-    (:func:`aq_lightning.quantizers.quantized_activations`).
+    products that the checkpoint holds. Quantization of activations, keys and values is for the caller to apply
+    (:func:`aq_lightning.quantizers.quantized`).
 
     Args:
         pretrained: directory, hub id or ``embedded``.

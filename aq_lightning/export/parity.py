@@ -28,8 +28,8 @@ from aq_lightning.export.clients import quietly
 from aq_lightning.export.loading import model_of
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor
-from aq_lightning.quantizers import quantized_activations
-from aq_lightning.scheme import Grid
+from aq_lightning.quantizers import quantized
+from aq_lightning.scheme import Scheme
 from aq_lightning.transforms.online import carrier
 
 RECORD = "parity.json"
@@ -91,11 +91,13 @@ def check(directory: Path, form: Format, subject: Subject, shards: Iterable[Weig
             f"A checkpoint must hold the quantized model's weights bit for bit, got {len(differences)} of "
             f"{len(compared)} that differ in {directory}: {'; '.join(differences[:3])}."
         )
-    online = any(carrier(name) for name in compared)
-    client = "its online products run in aq_lightning only" if online else form.client(subject)
+    own = {"its online products": any(carrier(name) for name in compared)}
+    own["its quantized cache"] = subject.scheme.key_value is not None
+    parts = [part for part, there in own.items() if there]
+    client = f"{' and '.join(parts)} run in aq_lightning only" if parts else form.client(subject)
     if isinstance(client, str):
         return Verdict(len(compared), f"not loaded by a client ({client})")
-    reference = logits(model_of(cut.subject.model_config, kept, torch.float32), subject.scheme.activation)
+    reference = logits(model_of(cut.subject.model_config, kept, torch.float32), subject.scheme)
     del kept
     return Verdict(len(compared), _ask(client, directory, form, cut, found, reference))
 
@@ -120,11 +122,11 @@ def difference(expected: QTensor | Tensor, found: QTensor | Tensor) -> str:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, activation: Grid | None = None) -> Tensor:
-    """Answer to the fixed prompt, (1, tokens, vocabulary), its activations quantized in the blocks if asked for."""
+def logits(model: PreTrainedModel, scheme: Scheme | None = None) -> Tensor:
+    """Answer to the fixed prompt, (1, tokens, vocabulary), quantized in the blocks as the scheme says."""
     tokens = torch.arange(_PROMPT)[None] * 7919 % model.config.vocab_size  # (1, tokens)
     blocks = model.get_submodule(architecture_of(model.config).blocks)
-    with quietly(), quantized_activations(blocks, activation):
+    with quietly(), quantized(blocks, scheme):
         return model(input_ids=tokens, use_cache=False).logits.float()
 
 

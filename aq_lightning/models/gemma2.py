@@ -20,4 +20,5 @@ SPEC = Architecture(
     sites=(ATTENTION_INPUT, QUERY_KEY, VALUE_OUTPUT, MLP_INPUT, MLP_HIDDEN),
     bias_switches=MappingProxyType({"attention_bias": ATTENTION}),
     gain_offset=1.0,
+    attention="self_attn",
 )

@@ -23,5 +23,6 @@ SPEC = Architecture(
     bias_switches=MappingProxyType({"attention_bias": (QKV, OUT)}),
     fused=MappingProxyType({QKV: Fused(("q", "k", "v"), ("query", "key_value", "key_value"), interleaved=True)}),
     stored=MappingProxyType({"lm_head": "embed_out"}),
+    attention="attention",
     key_value_heads="num_attention_heads",
 )

@@ -37,4 +37,6 @@ SPEC = Architecture(
     bias_switches=MappingProxyType(
         {"attention_bias": ATTENTION, "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     ),
+    attention="self_attn",
+    final_norm="model.norm",
 )

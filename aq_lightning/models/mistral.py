@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from aq_lightning.models.llama import SPEC as LLAMA
-from aq_lightning.models.sites import Architecture
+from dataclasses import replace
+from types import MappingProxyType
 
-SPEC = Architecture(blocks=LLAMA.blocks, sites=LLAMA.sites)
+from aq_lightning.models.llama import SPEC as LLAMA
+
+SPEC = replace(LLAMA, bias_switches=MappingProxyType({}))

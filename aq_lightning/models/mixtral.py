@@ -24,4 +24,6 @@ SPEC = Architecture(
         }
     ),
     stored=MappingProxyType({ROUTER: "block_sparse_moe.gate"}),
+    attention="self_attn",
+    final_norm="model.norm",
 )

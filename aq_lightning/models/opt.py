@@ -19,6 +19,7 @@ GELU = Architecture(
     ),
     bias_switches=MappingProxyType({"enable_bias": (Q, K, V, O, "fc1", "fc2")}),
     requires=MappingProxyType({"do_layer_norm_before": (True,), "layer_norm_elementwise_affine": (True,)}),
+    attention="self_attn",
     key_value_heads="num_attention_heads",
 )
 RELU = replace(

@@ -25,4 +25,6 @@ SPEC = Architecture(
             GATE_UP: Fused(parts=("gate", "up")),
         }
     ),
+    attention="self_attn",
+    final_norm="model.norm",
 )

@@ -18,4 +18,6 @@ SPEC = Architecture(
     blocks="model.layers",
     sites=(ATTENTION_INPUT, QUERY_KEY, VALUE_OUTPUT, MLP_INPUT, MLP_HIDDEN),
     bias_switches=MappingProxyType({"attention_bias": ATTENTION}),
+    attention="self_attn",
+    final_norm="model.norm",
 )

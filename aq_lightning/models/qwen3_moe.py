@@ -21,4 +21,6 @@ SPEC = Architecture(
             DOWN: ("mlp.experts.*.down_proj",),
         }
     ),
+    attention="self_attn",
+    final_norm="model.norm",
 )

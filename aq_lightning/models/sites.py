@@ -19,6 +19,7 @@ class Group(Enum):
     ROPE = "one complex factor per rotary pair of each key-value head"
     ROPE_RADIUS = "one positive factor per rotary pair"
     HEAD = "one invertible matrix per key-value head"
+    ALL = "a matrix over all channels"
 
 
 BEHIND_NORM = frozenset({Group.DIAGONAL, Group.SHIFT})
@@ -128,10 +129,14 @@ class SiteShape:
     size: int
     rotary: int | None = None
     """Channels at the start of each block that rotary embedding turns, in pairs; None: all."""
+    group: int = 1
+    """Query heads that share a block's map, where consumers read heads."""
+    dual: bool = False
+    """Whether it lies between queries and keys."""
 
     @property
     def channels(self) -> int:
-        """Channels of the narrowest member."""
+        """Channels of the narrowest member; consumers read ``group`` times as many."""
         return self.blocks * self.size
 
     def split(self, x: Tensor) -> Tensor:
@@ -201,6 +206,12 @@ class Architecture:
     in order and equally many: paths of linears relative to the block, with ``*`` for the expert's number."""
     stored: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Module of a block, or of the model around them → its path in checkpoints, where that is another."""
+    attention: str = ""
+    """The module that multiplies queries and keys, if transformers lets a function be named for it; empty: nothing is
+    online there, and keys and values stay in full precision."""
+    final_norm: str = ""
+    """The norm before the output head, if the stream between blocks can be rotated: every norm divides by a root mean
+    square alone, and only embeddings and linears write to the stream; empty: it cannot."""
     heads: str = "num_attention_heads"
     """Config field with the number of query heads."""
     key_value_heads: str | int = "num_key_value_heads"

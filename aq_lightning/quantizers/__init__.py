@@ -1,6 +1,8 @@
 """From real numbers to the integer grid: weight ranges and dynamic activations."""
 
+from aq_lightning.quantizers.activations import quantize_cache as quantize_cache
 from aq_lightning.quantizers.activations import quantize_tokens as quantize_tokens
+from aq_lightning.quantizers.activations import quantized as quantized
 from aq_lightning.quantizers.activations import quantized_activations as quantized_activations
 from aq_lightning.quantizers.base import WeightQuantizer as WeightQuantizer
 from aq_lightning.quantizers.base import WeightQuantizerFactory as WeightQuantizerFactory

@@ -1,4 +1,4 @@
-"""Dynamic quantization of what enters each linear."""
+"""Dynamic quantization of what enters each linear, and of keys and values where attention multiplies them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from aq_lightning.attention import Heads, attentions, hook_attention
 from aq_lightning.experts import experts_of, hooked
 from aq_lightning.qtensor import decode, encode, grid_of
-from aq_lightning.scheme import Grid
+from aq_lightning.scheme import Grid, Scheme
 
 
 def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
@@ -26,6 +27,33 @@ def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale, zero = grid_of(wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True), grid)  # (…, 1)
     return decode(encode(wide, scale, zero, grid), scale, zero).to(x.dtype)
+
+
+def quantize_cache(heads: Heads, grid: Grid) -> Heads:
+    """Fake quantization of keys and values, one dynamic scale and zero point per token and run of a head's channels.
+
+    Args:
+        heads: what attention multiplies; queries stay.
+        grid: bits, and the length of a run; none: a head.
+    """
+    size = grid.group_size or heads.key.shape[-1]
+    key, value = (quantize_tokens(x.unflatten(-1, (-1, size)), grid).flatten(-2) for x in (heads.key, heads.value))
+    return heads._replace(key=key, value=value)
+
+
+@contextmanager
+def quantized(modules: Iterable[nn.Module], scheme: Scheme | None) -> Iterator[None]:
+    """While it is open, blocks compute with the activations, keys and values of a scheme; None changes nothing.
+
+    A cache that holds full precision is read as if it held integers: each token has a scale of its own.
+    """
+    blocks = list(modules)
+    with ExitStack() as hooks, quantized_activations(blocks, scheme and scheme.activation):
+        for module in blocks if scheme is not None and scheme.key_value is not None else ():
+            for attention in attentions(module):
+                hook = hook_attention(attention, lambda heads, grid=scheme.key_value: quantize_cache(heads, grid))
+                hooks.callback(hook.remove)
+        yield
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from aq_lightning.calibration import capture
 from aq_lightning.calibration.streams import hidden_states, run, to_device
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import quantized
 from aq_lightning.recipe import StreamStorage
-from aq_lightning.scheme import Grid
+from aq_lightning.scheme import Scheme
 
 _LONGEST = 2048  # tokens that a model reads which does not say how many (ALiBi)
 
@@ -78,15 +78,15 @@ class BlockByBlock(Answers):
 
     Args:
         model: the model.
-        activation: grid of what linears read; None: full precision.
+        scheme: of activations, keys and values; None: full precision.
         device: where blocks work.
         place: where the streams are kept.
     """
 
-    def __init__(self, model: Pretrained, activation: Grid | None, device: torch.device, place: str) -> None:
+    def __init__(self, model: Pretrained, scheme: Scheme | None, device: torch.device, place: str) -> None:
         super().__init__(model.model)
         self._model = model
-        self._activation = activation
+        self._scheme = scheme
         self._device = device
         self._storage = StreamStorage("float32", place)
 
@@ -98,7 +98,7 @@ class BlockByBlock(Answers):
         del captured
         for index, block in enumerate(read_ahead(model.block, range(len(model.blocks)))):
             block = block.to(device, torch.float32)
-            with quantized_activations([block], self._activation):
+            with quantized([block], self._scheme):
                 for group, stream in enumerate(streams):
                     others = [to_device(arguments[group][index], device)]
                     streams[group] = run([block], others, stream, max(1, tokens // stream.shape[1]), device)

@@ -122,7 +122,7 @@ class Opening:
         if self.loader == "transformers":
             raise RequestError(f"transformers is to read {pretrained!r}, and cannot ({why}): leave out --loader.")
         model, _ = open_parts(pretrained, self.trust_remote_code)
-        answers = BlockByBlock(model, scheme.activation, self.device, self.place)
+        answers = BlockByBlock(model, scheme, self.device, self.place)
         share = overhead(model.blocks).percent
         return Opened(pretrained, answers, tokenizer, bits, share, f"this package, block by block ({why})")
 

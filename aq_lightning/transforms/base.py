@@ -38,6 +38,8 @@ class Map(NamedTuple):
     """Number of channels ↦ δ over them, (channels); None: no shift."""
     folded: Callable[[Tensor], Tensor] | None = None
     """The part of ``inverse`` that acts on whatever produces x; None: all of it."""
+    folded_transpose: Callable[[Tensor], Tensor] | None = None
+    """The part of ``transpose`` that acts on what produces the other side of a product, keys; None: all of it."""
     online: tuple[Mapping[str, Tensor], ...] = ()
     """Tensors of the operations that are the rest of ``inverse``, in order."""
     diagonal: bool = False
@@ -73,8 +75,14 @@ class Factor(nn.Module, ABC):
     """Blocks of channels that it mixes."""
     searches: ClassVar[bool] = False
     """Whether it starts by :meth:`search`."""
+    balances: bool = False
+    """Whether it starts by :meth:`balance`."""
     online: bool = False
     """Whether ``A⁻¹`` multiplies the activation at run time, at a cost, and so fits any site with consumers."""
+    rounds: ClassVar[bool] = False
+    """Whether it is a part of rounding activations instead of an equivalence."""
+    written_out: ClassVar[bool] = True
+    """Whether A is small enough to be written out, for the condition number of a product."""
 
     @abstractmethod
     def initialize(self, statistics: SiteStatistics) -> None:
@@ -94,6 +102,15 @@ class Factor(nn.Module, ABC):
         Args:
             error: of what the site's consumers answer with rounded weights, at the parameters that the factor has when
                 it is called.
+        """
+
+    def balance(self, read: Tensor, weights: Tensor) -> None:
+        """Starts from second moments; called after :meth:`initialize` iff ``balances``.
+
+        Args:
+            read: E[xᵀ x] of what the site's consumers read at the factor's present parameters, float64 (channels,
+                channels).
+            weights: Wᵀ W of all consumers, as they read it, the same shape.
         """
 
     def operation(self) -> Operation | None:
@@ -130,9 +147,10 @@ class Transform(nn.Module):
         inverse = _chain([each.inverse for each in maps])
         transpose = _chain([each.transpose for each in maps])
         folded = _chain([each.inverse for each in maps if not each.online])
+        folded_transpose = _chain([each.transpose for each in maps if not each.online])
         online = tuple(tensors for each in maps for tensors in each.online)
         diagonal = all(each.diagonal for each in maps)
-        return Map(inverse, transpose, maps[0].shift if maps else None, folded, online, diagonal)
+        return Map(inverse, transpose, maps[0].shift if maps else None, folded, folded_transpose, online, diagonal)
 
     def online(self) -> list[Factor]:
         """The factors that act at run time."""
@@ -141,10 +159,11 @@ class Transform(nn.Module):
     def condition(self) -> Tensor:
         """Condition number of ``A₁ A₂ …`` in the spectral norm, the worst over blocks; float64 scalar, 1 at best.
 
-        Of factors whose blocks differ it is the product of their own, a bound.
+        Of factors whose blocks differ, or that are not written out, it is the product of their own, a bound.
         """
         mixing = [factor for factor in self.factors if factor.group is not Group.SHIFT]
-        if len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
+        written_out = all(factor.written_out for factor in mixing)
+        if written_out and len(mixing) > 1 and len({factor.shape for factor in self.factors}) == 1:
             return condition_number(self.explicit())
         product = torch.ones((), dtype=torch.float64)
         for factor in mixing:

@@ -1,7 +1,8 @@
 """What an online factor leaves behind: products on the modules whose activations they multiply.
 
 A norm carries the products of its output, which all consumers of its site read; elsewhere the one consumer carries
-those of its input, before anything else sees it. Their tensors are ordinary parameters of the model, named
+those of its input, before anything else sees it; between queries and keys attention does, behind rotary embedding.
+Their tensors are ordinary parameters of the model, named
 ``<module>.online.<position>.<tensor>``, and these names say what they are: nothing else is stored.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aq_lightning.attention import Handle, Heads, attentions, hook_attention
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import SiteShape
 
@@ -26,6 +28,8 @@ class Operation(nn.Module, ABC):
 
     names: ClassVar[tuple[str, ...]]
     """Names of its tensors."""
+    on_heads: ClassVar[bool] = False
+    """Whether it acts on what attention multiplies, as heads, instead of on channels."""
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
@@ -53,10 +57,93 @@ class BlockProduct(Operation):
         return channels * self.inverse.shape[-1]
 
 
+class KroneckerProduct(Operation):
+    """``A₁⁻¹ ⊗ A₂⁻¹``: ``left`` is (n₁, n₁) and ``right`` (n₂, n₂), of n₁ n₂ channels."""
+
+    names: ClassVar[tuple[str, ...]] = ("left", "right")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kronecker_product(x, self.left, self.right)
+
+    def multiply_adds(self, channels: int) -> int:
+        return channels * (self.left.shape[-1] + self.right.shape[-1])
+
+
+class HeadProduct(Operation):
+    """``A_h⁻¹ ⊗ I``: ``heads`` is (heads, heads)."""
+
+    names: ClassVar[tuple[str, ...]] = ("heads",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return head_product(x, self.heads)
+
+    def multiply_adds(self, channels: int) -> int:
+        return channels * self.heads.shape[-1]
+
+
+class PairProduct(Operation):
+    """Queries times A⁻¹ and keys times Aᵀ: ``query`` and ``key`` are (blocks, size, size); a block serves the heads of
+    one key-value head, a single one all."""
+
+    names: ClassVar[tuple[str, ...]] = ("query", "key")
+    on_heads: ClassVar[bool] = True
+
+    def forward(self, x: Heads) -> Heads:
+        query, key = (
+            block_product(heads.transpose(1, 2).flatten(2), matrix).view(heads.transpose(1, 2).shape).transpose(1, 2)
+            for heads, matrix in ((x.query, self.query), (x.key, self.key))
+        )
+        return x._replace(query=query, key=key)
+
+    def multiply_adds(self, channels: int) -> int:
+        return channels * self.query.shape[-1]
+
+
+class TokenClip(Operation):
+    """Each token cut to fractions of its own range: ``clip`` is (2), of its least and of its greatest channel."""
+
+    names: ClassVar[tuple[str, ...]] = ("clip",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clipped(x, self.clip)
+
+    def multiply_adds(self, channels: int) -> int:
+        return 0
+
+
+class CacheClip(Operation):
+    """Keys and values of each token and head cut to fractions of their range, (2) each as in :class:`TokenClip`."""
+
+    names: ClassVar[tuple[str, ...]] = ("key_clip", "value_clip")
+    on_heads: ClassVar[bool] = True
+
+    def forward(self, x: Heads) -> Heads:
+        return x._replace(key=clipped(x.key, self.key_clip), value=clipped(x.value, self.value_clip))
+
+    def multiply_adds(self, channels: int) -> int:
+        return 0
+
+
+def clipped(x: Tensor, ends: Tensor) -> Tensor:
+    """(…, channels) cut to the fraction ``ends[0]`` of each row's least and ``ends[1]`` of its greatest channel."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (…, 1) each
+    return torch.maximum(torch.minimum(x, high * ends[1]), low * ends[0])
+
+
 def block_product(x: Tensor, matrix: Tensor) -> Tensor:
     """(…, blocks · group · size) times each block's matrix, (blocks, size, size)."""
     shape = SiteShape(matrix.shape[0], matrix.shape[-1])
     return shape.join(torch.einsum("...bgs,bst->...bgt", shape.split(x), matrix))
+
+
+def kronecker_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(…, n₁ · n₂) times ``left ⊗ right``, of (n₁, n₁) and (n₂, n₂): a row as a matrix X becomes ``leftᵀ X right``."""
+    return (left.mT @ (x.unflatten(-1, (left.shape[0], right.shape[0])) @ right)).flatten(-2)
+
+
+def head_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """(…, heads · size) times ``matrix ⊗ I``, of (heads, heads)."""
+    return (matrix.mT @ x.unflatten(-1, (matrix.shape[0], -1))).flatten(-2)
 
 
 class Online(nn.Sequential):
@@ -66,7 +153,7 @@ class Online(nn.Sequential):
     without online factors brings none.
     """
 
-    handle: RemovableHandle
+    handle: RemovableHandle | Handle
 
     def forward(self, x: Tensor) -> Tensor:
         empty = any(tensor.numel() == 0 for tensor in self.parameters())
@@ -74,12 +161,15 @@ class Online(nn.Sequential):
 
 
 def carry(module: nn.Module, operations: Sequence[Operation]) -> None:
-    """Makes a norm multiply its output by products, or a linear its input; what it carried before gives way."""
+    """Makes a norm multiply its output by products, a linear its input, attention its queries and keys; what it carried
+    before gives way."""
     drop(module)
     online = Online(*operations)
     module.add_module(_NAME, online)
     if isinstance(module, nn.Linear):
         online.handle = module.register_forward_pre_hook(_before, prepend=True)  # quantizers see the product
+    elif module in attentions(module):
+        online.handle = hook_attention(module, online, prepend=True)
     else:
         online.handle = module.register_forward_hook(_after)
 

@@ -20,7 +20,7 @@ from aq_lightning.models.sites import Heads, SiteShape
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import LearnedClipping, LearnedRounding, MinMax, quantized_activations
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
+from aq_lightning.transforms import AcrossHeads, Affine, Clip, Dense, Diagonal, Kronecker, RopePair, Shift
 from aq_lightning.transforms.online import carried, carrier
 
 HEADS = Heads(query=4, key_value=2, size=16, rotary=16)
@@ -189,7 +189,8 @@ def test_sites_have_the_shape_of_the_key_value_heads(kv_heads: int, shape: tuple
     block = tiny_llama(num_key_value_heads=kv_heads).model.layers[0]
     heads = replace(HEADS, key_value=kv_heads)
     shapes = {site.name: site_shape(block, site, heads) for site in SPEC.sites}
-    assert shapes["query_key"] == SiteShape(*shape, rotary=16) and shapes["value_output"] == SiteShape(*shape)
+    assert shapes["query_key"] == SiteShape(*shape, rotary=16, dual=True)
+    assert shapes["value_output"] == SiteShape(*shape, group=4 // kv_heads)
     assert shapes["attention_input"] == SiteShape(1, 64) and shapes["mlp_hidden"] == SiteShape(1, 128)
 
 
@@ -316,7 +317,11 @@ def test_gradient_passes_online_products() -> None:
 @pytest.mark.parametrize(
     "site, factors, said",
     [
-        ("query_key", [DENSE], "none reads query_key .*remove it from transforms.query_key"),
+        ("query_key", [DENSE], "one matrix per head, got Affine: use Dense, or remove it from transforms.query_key"),
+        ("query_key", [Kronecker], "one matrix per head, got Kronecker: use Dense"),
+        ("mlp_input", [Dense], "got Dense, which is one invertible matrix .*or declare it online"),
+        ("mlp_input", [AcrossHeads], "mixes several heads, got a site with 1"),
+        ("mlp_input", [Clip], "part of rounding activations, got scheme w4a16.*remove it from transforms.mlp_input"),
         ("mlp_input", [DENSE, Diagonal], "got Diagonal behind an online factor: move it up"),
         ("mlp_input", [partial(DENSE, block=48)], "must divide the 64 channels of its site, got 48: use 1 or 2 or 4"),
         ("mlp_hidden", [partial(DENSE, block=48)], "must divide the 128 .* use 64, or null"),
@@ -343,8 +348,8 @@ def test_several_consumers_behind_a_linear_are_refused() -> None:
 
 def test_stored_products_of_an_unknown_kind_are_refused() -> None:
     block = tiny_llama().model.layers[0]
-    with pytest.raises(RequestError, match="BlockProduct, got the tensors left, right on input_layernorm"):
-        install(block, {f"input_layernorm.online.0.{side}": torch.eye(2) for side in ("left", "right")})
+    with pytest.raises(RequestError, match="BlockProduct, .*got the tensors middle, right on input_layernorm"):
+        install(block, {f"input_layernorm.online.0.{side}": torch.eye(2) for side in ("middle", "right")})
 
 
 def test_linear_without_a_switch_takes_no_shift() -> None:

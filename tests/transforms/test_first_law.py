@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from typing import get_args
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from aq_lightning.calibration.attach import linears
 from aq_lightning.calibration.call import answer
 from aq_lightning.errors import RequestError
 from aq_lightning.models.lookup import architecture_of
-from aq_lightning.models.sites import AROUND_ROPE, Site
+from aq_lightning.models.sites import AROUND_ROPE, Architecture, Site
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory, Shift
+from aq_lightning.transforms import AcrossHeads, Affine, Dense, Diagonal, Factor, FactorFactory, Kronecker, Shift
 from aq_lightning.transforms.online import carried, carrier, drop
+from aq_lightning.transforms.parametrizations import Form
 
 FACTORS = [kind for kind in vars(transforms).values() if isinstance(kind, type) and issubclass(kind, Factor)]
-FACTORS.remove(Factor)
+FACTORS = [kind for kind in FACTORS if kind is not Factor and not kind.online]  # those that can fold
 CASES = [
     pytest.param(name, site.name, factor, id=f"{name}-{site.name}-{factor.__name__}")
     for name in MODELS
@@ -34,6 +36,11 @@ SITES = list(dict.fromkeys(case.values[:2] for case in CASES))
 ONLINE = {
     "dense": partial(Affine, online=True),
     "block": partial(Affine, online=True, block=8),  # which divides every width of these models
+    **{f"kronecker-{form}": partial(Kronecker, form=form) for form in get_args(Form) if form != "fixed"},
+    "kronecker-hadamard": partial(Kronecker, form="fixed", start="hadamard"),
+    "heads": AcrossHeads,
+    "pair": partial(Dense, start="random", online=True),
+    "pair-shared": partial(Dense, form="svd", shared=True, online=True),
 }
 ONLINE_CASES = [(name, at, kind) for name, at in SITES for kind in ONLINE]
 
@@ -65,10 +72,12 @@ def fresh(name: str) -> tuple[Tiny, nn.Module, Call]:
 
 def scrambled(small: Tiny, block: nn.Module, requested: dict[str, list[FactorFactory]], scheme: str):
     """Attached without rounding, with random parameters far from the identity and the whole band open."""
-    attached = attach(block, small.architecture, small.heads, requested, None, Scheme.parse(scheme), torch.float64)
+    integers = Scheme.parse(f"{scheme}kv4" if small.architecture.attention else scheme)
+    attached = attach(block, small.architecture, small.heads, requested, None, integers, torch.float64)
     for name, parameter in attached.transforms.named_parameters():
         noise = torch.randn_like(parameter)
-        parameter.data += 0.5 * noise if "matrix" not in name else noise / noise.shape[-1] ** 0.5
+        mixes = name.rpartition(".")[2] in ("matrix", "lower", "upper", "skew")
+        parameter.data += noise / noise.shape[-1] ** 0.5 if mixes else 0.5 * noise
     for module in attached.modules():
         if isinstance(module, Affine):
             module.open_band(0, 1)
@@ -188,12 +197,21 @@ def with_online(small: Tiny, block: nn.Module, scheme: str, kind: str) -> dict[s
         at: [factor for factor in factors if factor in (Shift, Diagonal)]
         for at, factors in everything(small, block, scheme).items()
     }
-    return {at: [*factors, ONLINE[kind]] for at, factors in folding.items() if takes_online(small, at)}
+    return {
+        at: [*factors, ONLINE[kind]] for at, factors in folding.items() if not refusal(small.architecture, at, kind)
+    }
 
 
-def takes_online(small: Tiny, at: str) -> bool:
-    site = site_of(small, at)
-    return bool(site.consumers) and not site.per_expert
+def refusal(architecture: Architecture, at: str, kind: str) -> str:
+    """What is wrong with an online factor at a site; empty: nothing."""
+    site = next(site for site in architecture.sites if site.name == at)
+    if site.dual and not architecture.attention and kind != "heads":
+        return "lets no function be named"
+    if kind == "heads" and not (site.per_head and site.consumers or site.per_expert):
+        return "mixes several heads|one matrix per head|lets no function"
+    if site.per_expert:
+        return "every expert reads"
+    return "one matrix per head, got" if site.dual and not kind.startswith("pair") else ""
 
 
 @torch.no_grad()
@@ -202,8 +220,8 @@ def takes_online(small: Tiny, at: str) -> bool:
 def test_online_factor_fits_every_site_with_consumers(name: str, at: str, kind: str, scheme: str) -> None:
     """Behind what folds, before and after merge; the block alone answers as before until then."""
     small, block, call = fresh(name)
-    if not takes_online(small, at):
-        with pytest.raises(RequestError, match=f"(none reads|every expert reads) .*remove it from transforms.{at}"):
+    if wrong := refusal(small.architecture, at, kind):
+        with pytest.raises(RequestError, match=f"({wrong}).*remove it"):
             scrambled(small, block, {at: [ONLINE[kind]]}, scheme)
         return
     attached = scrambled(small, block, {at: with_online(small, block, scheme, kind)[at]}, scheme)
@@ -215,15 +233,17 @@ def test_online_factor_fits_every_site_with_consumers(name: str, at: str, kind: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, at, kind", [case for case in ONLINE_CASES if takes_online(tiny(case[0]), case[1])])
+@pytest.mark.parametrize(
+    "name, at, kind", [(n, *c) for n, *c in ONLINE_CASES if not refusal(architecture_of(tiny_config(n)), *c)]
+)
 def test_one_sided_online_factor_is_noticed(name: str, at: str, kind: str) -> None:
-    """Negative control: without its run-time product, or with one consumer left out, the block is another."""
+    """Negative control: without any tensor of its run-time product, or one consumer left out, the block is another."""
     small, block, call = fresh(name)
     attached = scrambled(small, block, {at: [ONLINE[kind]]}, "w4a16")
     tensors = attached.effective(torch.float64)
-    (product,) = [key for key in tensors if carrier(key)]
-    without = {**tensors, product: torch.eye(tensors[product].shape[-1]).double().expand_as(tensors[product])}
-    assert relative_error(call.answer, with_tensors(block, without, call)) > 1e-3
+    for product in (key for key in tensors if carrier(key)):
+        without = {**tensors, product: torch.eye(tensors[product].shape[-1]).double().expand_as(tensors[product])}
+        assert relative_error(call.answer, with_tensors(block, without, call)) > 1e-3
     for far in site_of(small, at).consumers:
         weight = small.architecture.member(far, small.heads).weight
         broken = {**tensors, weight: known(name)[2][weight]}

@@ -164,3 +164,31 @@ def test_the_file_does_not_change_with_the_method(method: Method) -> None:
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(RequestError, match="lu, newton or pivoted, got 'cholesky'"):
         Affine(SiteShape(1, 4), inverse="cholesky")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1, 2, 24, 64, 128, 131, 300])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+def test_normal_equations_invert_any_matrix(size: int, condition: float, device: str) -> None:
+    """Without dominance: random singular vectors around values down to 1 / condition; derivative included."""
+    (left, right), values = torch.randn(2, 2, size, size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+    values = values if size == 1 else torch.logspace(0, -float(torch.tensor(condition).log10()), size).double()
+    matrix = (torch.linalg.qr(left)[0] * values @ torch.linalg.qr(right)[0]).to(device).requires_grad_()
+    found, residual = inverse(matrix, "normal", wait=False)
+    exact = torch.linalg.inv(matrix)
+    assert_close("inverse", exact.detach(), found.detach(), 1e-15 * max(condition, 10) ** 2)
+    assert float(residual.detach()) <= 1e-9 * condition
+    weights = torch.randn_like(exact)
+    expected, grown = (
+        torch.autograd.grad((each * weights).sum(), matrix, retain_graph=True)[0] for each in (exact, found)
+    )
+    assert_close("gradient", expected, grown, 1e-14 * max(condition, 10) ** 2)
+
+
+@pytest.mark.parametrize("size", [3, 24, 200])
+def test_normal_equations_invert_what_cayleys_map_needs(size: int) -> None:
+    """I + S with S skew and large."""
+    skew = 10 * torch.randn(2, size, size, dtype=torch.float64)
+    matrix = torch.eye(size, dtype=torch.float64) + skew - skew.mT
+    found, residual = inverse(matrix, "normal", wait=False)
+    assert_close("inverse", torch.linalg.inv(matrix), found, 1e-9)

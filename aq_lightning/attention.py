@@ -1,0 +1,91 @@
+"""Attention whose queries, keys and values can be changed behind rotary embedding, where they are multiplied.
+
+transformers lets a configuration name the function that multiplies them. A module that carries hooks gets a copy of its
+configuration that names ours: it calls the hooks, then the function that the module would have called. What keys
+and values become there is what a cache of that kind would hold: hooks that act on each token alone may run when tokens
+are written or when they are read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from copy import copy
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ALL
+
+from aq_lightning.errors import RequestError
+
+
+class Heads(NamedTuple):
+    """What attention multiplies, in heads."""
+
+    query: Tensor
+    """(batch, query heads, tokens, size)."""
+    key: Tensor
+    """(batch, key-value heads, tokens, size)."""
+    value: Tensor
+    """As ``key``."""
+
+
+Hook = Callable[[Heads], Heads]
+
+_NAME = "aq_lightning"
+_KINDS = ("eager", "sdpa")
+
+
+class Handle:
+    """Takes a hook away again."""
+
+    def __init__(self, module: nn.Module, hook: Hook) -> None:
+        self._module, self._hook = module, hook
+
+    def remove(self) -> None:
+        """Leaves the module as it was before."""
+        module = self._module
+        module.attention_hooks = [hook for hook in module.attention_hooks if hook is not self._hook]
+        if not module.attention_hooks:
+            module.config = module.plain_config
+
+
+def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Handle:
+    """Makes an attention module call ``hook`` each time, before or behind those that it has.
+
+    Raises:
+        RequestError: attention runs by a function that is not known here.
+    """
+    hooks = vars(module).get("attention_hooks", [])
+    if not hooks:
+        module.attention_function = _function(module)
+        module.plain_config, module.config = module.config, copy(module.config)
+        module.config._attn_implementation = _NAME
+    module.attention_hooks = [hook, *hooks] if prepend else [*hooks, hook]
+    return Handle(module, hook)
+
+
+def attentions(module: nn.Module) -> list[nn.Module]:
+    """The modules that run by the attention function that their configuration names."""
+    return [part for part in module.modules() if type(part).__name__.endswith("Attention") and "config" in vars(part)]
+
+
+def _function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What a module multiplies queries, keys and values with."""
+    kind = module.config._attn_implementation or "eager"
+    if kind not in _KINDS:
+        raise RequestError(
+            f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {kind!r}: load the model with one of "
+            "these."
+        )
+    return sys.modules[type(module).__module__].eager_attention_forward if kind == "eager" else _ALL[kind]
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: object, **named: object):
+    heads = Heads(query, key, value)
+    for hook in module.attention_hooks:
+        heads = hook(heads)
+    return module.attention_function(module, *heads, *others, **named)
+
+
+_ALL.register(_NAME, _attend)
