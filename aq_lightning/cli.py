@@ -16,24 +16,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from aq_lightning.calibration import Cause, RunDirectory
+from aq_lightning.calibration import RunDirectory
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
-from aq_lightning.evaluation import Row, check_reference, render, render_scores
+from aq_lightning.evaluation import check_reference, render_scores
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
-from aq_lightning.preparation import prepare
-from aq_lightning.quiet import quiet
+from aq_lightning.preparation import Prepared, prepare
+from aq_lightning.quiet import quiet, unforeseen
+from aq_lightning.report import REPORT, write_report
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.verbs import BY_NAME, VERBS
+from aq_lightning.summary import program, summary_lines
+from aq_lightning.verbs import BY_NAME, VERBS, overview, report
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -44,6 +46,7 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
     "enable_checkpointing": False,
 }
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
+_EXIT = {RequestError: 2, ParityError: 1, Interrupted: os.EX_TEMPFAIL}
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
 
 
@@ -81,6 +84,7 @@ class CommandLine(LightningCLI):
         parser = super().init_parser(**options)
         if guards:
             parser.add_class_arguments(Guards, as_group=False)
+            parser.add_argument("--report", type=bool, default=True, help="whether RUN/report.html is written")
         if scores:
             Scorecard.add_to(parser)
         return parser
@@ -142,14 +146,9 @@ class CommandLine(LightningCLI):
             for kind in model.references:
                 check_reference(kind, self.trainer.strategy.root_device)
             self._calibrate(model, datamodule, run, guards)
-        print(render([Row(**row) for row in run.results["rows"]]))
-        blocks = [b for b in run.results["blocks"] if b["attempts"] and b["outcome"] != "trained"]
-        if blocks:
-            kept = ", ".join(f"{block['block']} ({block['outcome']})" for block in blocks)
-            print(f"training did not help, so these blocks were left as named: {kept}")
-        for cause in (Cause(**each) for block in run.results["blocks"] for each in block["causes"]):
-            print(f"an attempt was stopped, {cause}")
-        print(f"checkpoint: {run.checkpoint}\nchecked: {run.results['parity']}")
+        if self._section.report:
+            self._report(run)
+        print("\n".join(summary_lines(run.path, run.results, program())))
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained`` or all of ``--compare``; with ``--out``, writes ``test.json`` there too."""
@@ -189,7 +188,7 @@ class CommandLine(LightningCLI):
                 run.create(self._configuration(), identity)
                 for damaged in run.repair():
                     print(f"damaged, and made again: {damaged}", flush=True)
-                run.finish(self._results(pretrained, model, datamodule, run, guards))
+                run.finish(self._results(prepared, pretrained, model, datamodule, run, guards))
         except (OSError, torch.OutOfMemoryError) as error:
             reason = str(error).splitlines()[0]
             raise Interrupted(
@@ -199,6 +198,7 @@ class CommandLine(LightningCLI):
 
     def _results(
         self,
+        prepared: Prepared,
         pretrained: Pretrained,
         model: QuantizedLanguageModel,
         datamodule: TokenWindows,
@@ -228,7 +228,16 @@ class CommandLine(LightningCLI):
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
-        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict}
+        told = {"sites": prepared.places(), "notes": prepared.notes}
+        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict, **told}
+
+    def _report(self, run: RunDirectory) -> None:
+        """``RUN/report.html``, if it is not there yet; a run is finished without it."""
+        try:
+            if not (run.path / REPORT).exists():
+                write_report(run.path)
+        except RequestError as error:
+            print(f"note: no report. {error}")
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""
@@ -241,7 +250,7 @@ class CommandLine(LightningCLI):
     def _configuration(self) -> str:
         """The resolved configuration, as YAML that replays the run."""
         section = self._section.clone()
-        for each in ("config", "out", *(field.name for field in fields(Guards) if field.init)):
+        for each in ("config", "out", "report", *(field.name for field in fields(Guards) if field.init)):
             del section[each]
         return self._parser(self.subcommand).dump(section, skip_none=False, skip_validation=True)
 
@@ -266,22 +275,31 @@ class PlanningLine(CommandLine):
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2, an interrupted run in one and
-    75 (``EX_TEMPFAIL``): the same command goes on."""
+    75 (``EX_TEMPFAIL``): the same command goes on. ``--debug`` lets the traceback through."""
     quiet()
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    given = sys.argv[1:] if arguments is None else arguments
+    debug, given = "--debug" in given, [each for each in given if each != "--debug"]
+    if arguments is None and not debug:
+        sys.excepthook = unforeseen
     try:
-        if verb in VERBS:
-            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in BY_NAME))
-        if verb == "plan":
-            PlanningLine(["fit", *rest])
-        else:
-            CommandLine(arguments)
-    except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ParityError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
+        _run(given)
+    except (RequestError, ParityError, Interrupted) as error:
+        if debug:
+            raise
+        print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+        sys.exit(_EXIT[type(error)])
+
+
+def _run(arguments: list[str]) -> None:
+    """One verb."""
+    verb, *rest = arguments or [""]
+    if verb in ("", "-h", "--help"):
+        print(overview(program()))
+    elif verb == "report":
+        sys.exit(report(rest))
+    elif verb in VERBS:
+        sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"{program()} {verb}", as_positional=verb not in BY_NAME))
+    elif verb == "plan":
+        PlanningLine(["fit", *rest])
+    else:
+        CommandLine(arguments)

@@ -23,6 +23,7 @@ from aq_lightning.calibration import (
     RunDirectory,
     Stopping,
     Streams,
+    activation_reach,
     capture,
     fit,
     observed,
@@ -30,6 +31,7 @@ from aq_lightning.calibration import (
     reset_peak_memory,
     save_trained,
     switches,
+    weight_reach,
 )
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
@@ -174,7 +176,12 @@ def calibrate(
     if result.outcome != "trained":
         save_trained(result.module, scratch)
     codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
+    margins = result.module.margins()
+    reach = {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)}
     merged = live.merge(result.module.blocks, codes)
+    with observed(live.blocks, job.pretrained.architecture.sites) as quantized:
+        loss = live.loss(live.blocks, inputs, target)
+    reach |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(quantized)}
     metrics = {
         "block": position.index,
         "outcome": result.outcome,
@@ -184,8 +191,10 @@ def calibrate(
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
         **({} if rounder_loss is None else {"rounder_loss": rounder_loss}),
-        "loss": live.loss(live.blocks, inputs, target),
+        "loss": loss,
         "condition": result.module.conditions(),
+        "margin": margins,
+        "reach": reach,
         "effective_bits": effective_bits(merged),
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory(job.device),

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from aq_lightning.conversion import convert
 from aq_lightning.doctor import examine
+from aq_lightning.durable import write_text
 from aq_lightning.errors import RequestError
 from aq_lightning.export import formats
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.loading import EMBEDDED, load
+from aq_lightning.report import REPORT, Record, page
 from aq_lightning.status import status_of
+from aq_lightning.summary import program
 
 
 def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
@@ -83,6 +88,49 @@ def status(run: str) -> int:
     """
     print(status_of(Path(run)))
     return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Writes one page about one run or several: ``report RUN [RUN …] [--out FILE]``.
+
+    Args:
+        arguments: of the command line; of one run, the page goes into its directory.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        RequestError: a run is not there, or matplotlib is not installed.
+    """
+    parser = ArgumentParser(prog=f"{program()} report", description="One page about one run, or several side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, finished or not")
+    parser.add_argument("--out", type=Path | None, default=None, help="RUN/report.html or report.html unless told")
+    given = parser.parse_args(arguments)
+    beside = given.runs[0] / REPORT if len(given.runs) == 1 else Path(REPORT)
+    out = beside if given.out is None else given.out
+    write_text(out, page([Record(run) for run in given.runs]))
+    print(f"report: {out}")
+    return 0
+
+
+def overview(program: str) -> str:
+    """What there is to say on the command line."""
+    lines = [
+        ("fit", "calibrate a model: --config METHOD --model.pretrained MODEL --model.scheme w4a16g128 --out RUN"),
+        ("plan", "what that would do and cost; the arguments of fit"),
+        ("test", "perplexity of any model: --model.pretrained MODEL --data.source wikitext2"),
+        ("export", "a finished run in another format: --run RUN --format gguf"),
+        ("report", "a page about runs: RUN [RUN …]"),
+        ("status", "where a run stands: RUN"),
+        ("doctor", "what folds in a model, and that it is exact: MODEL"),
+    ]
+    return "\n".join(
+        [
+            f"usage: {program} VERB [arguments]",
+            *(f"  {verb:<8} {what}" for verb, what in lines),
+            f"{program} VERB --help says more; --debug shows tracebacks.",
+        ]
+    )
 
 
 VERBS = {"doctor": doctor, "export": export, "status": status}

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("callbacks",),
     ("aq_lightning.cli",),
     ("aq_lightning.verbs", "aq_lightning.plan", "aq_lightning.scorecard"),
-    ("aq_lightning.preparation",),
+    ("aq_lightning.preparation", "aq_lightning.summary"),
     (
         "aq_lightning.pipeline",
         "aq_lightning.comparison",
@@ -32,6 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.fingerprint",
         "aq_lightning.disk",
         "aq_lightning.status",
+        "aq_lightning.report",
         "aq_lightning.nulls",
         "aq_lightning.quiet",
     ),

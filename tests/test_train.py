@@ -118,7 +118,7 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
     assert len({*rows(run).values()}) == 3 or {block["outcome"] for block in metrics(run)} == {"nearest"}
     blocks = metrics(run)
     assert [block["block"] for block in blocks] == [0, 1]
-    others = ("condition", "candidates", "causes", "outcome")
+    others = ("condition", "candidates", "causes", "outcome", "margin", "reach")
     numbers = [value for block in blocks for name, value in block.items() if name not in others]
     conditions = [value for block in blocks for value in block["condition"].values()]
     assert all(math.isfinite(value) for value in numbers) and all(1 <= value < 1e6 for value in conditions)
@@ -126,6 +126,8 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
         assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"]), "no block ends worse"
         assert block["candidates"][block["outcome"]] == min(block["candidates"].values())
         assert {"trained", "first epoch", "start", "nearest"} == set(block["candidates"]) and not block["causes"]
+        assert set(block["margin"]) == ({"value_output"} if block["condition"] else set())
+        assert all(0 < margin <= 1 for margin in block["margin"].values())
     assert json.loads((run / "results.json").read_text())["blocks"] == blocks
 
 
@@ -313,7 +315,10 @@ def test_a_real_process_writes_nothing_to_stderr(model_directory: Path, text_fil
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 7, "disk use, the table, where the checkpoint is, how it was checked"
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if ":" in line] == [
+        "disk use", "checkpoint", "checked", "report", "next"
+    ]  # fmt: skip
+    assert len(done.stdout.splitlines()) == 11, "four of them the table, two of them commands"
 
 
 @pytest.mark.filterwarnings("ignore:block .*condition number")

@@ -18,6 +18,8 @@ from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
 from aq_lightning.calibration.observe import Ranges as Ranges
 from aq_lightning.calibration.observe import observed as observed
+from aq_lightning.calibration.ranges import activation_reach as activation_reach
+from aq_lightning.calibration.ranges import weight_reach as weight_reach
 from aq_lightning.calibration.streams import Streams as Streams
 from aq_lightning.calibration.streams import capture as capture
 from aq_lightning.calibration.watch import Cause as Cause
