@@ -25,6 +25,7 @@ from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import check_reference, render_scores
 from aq_lightning.fingerprint import fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
+from aq_lightning.methods import with_files
 from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
@@ -148,7 +149,7 @@ class CommandLine(LightningCLI):
             self._calibrate(model, datamodule, run, guards)
         if self._section.report:
             self._report(run)
-        print("\n".join(summary_lines(run.path, run.results, program())))
+        print("\n".join(summary_lines(run.path, run.results or {}, program())))
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained`` or all of ``--compare``; with ``--out``, writes ``test.json`` there too."""
@@ -300,6 +301,6 @@ def _run(arguments: list[str]) -> None:
     elif verb in VERBS:
         sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"{program()} {verb}", as_positional=verb not in BY_NAME))
     elif verb == "plan":
-        PlanningLine(["fit", *rest])
+        PlanningLine(["fit", *with_files(rest)])
     else:
-        CommandLine(arguments)
+        CommandLine(with_files(arguments))

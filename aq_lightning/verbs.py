@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -113,27 +114,26 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
-def overview(program: str) -> str:
-    """What there is to say on the command line."""
-    lines = [
-        ("fit", "calibrate a model: --config METHOD --model.pretrained MODEL --model.scheme w4a16g128 --out RUN"),
-        ("plan", "what that would do and cost; the arguments of fit"),
-        ("test", "perplexity of any model: --model.pretrained MODEL --data.source wikitext2"),
-        ("export", "a finished run in another format: --run RUN --format gguf"),
-        ("report", "a page about runs: RUN [RUN …]"),
-        ("status", "where a run stands: RUN"),
-        ("doctor", "what folds in a model, and that it is exact: MODEL"),
-    ]
-    return "\n".join(
-        [
-            f"usage: {program} VERB [arguments]",
-            *(f"  {verb:<8} {what}" for verb, what in lines),
-            f"{program} VERB --help says more; --debug shows tracebacks.",
-        ]
-    )
-
-
-VERBS = {"doctor": doctor, "export": export, "status": status}
+VERBS: dict[str, Callable[..., int]] = {"doctor": doctor, "export": export, "status": status}
 """Name on the command line → function; its answer is the exit code."""
 BY_NAME = {"export"}
 """Verbs whose required arguments have names on the command line."""
+
+_FITTING = {
+    "fit": "Calibrates a model: --config METHOD --model.pretrained MODEL --model.scheme w4a16g128 --out RUN.",
+    "plan": "Prints what that would do and cost; it takes the arguments of fit.",
+    "test": "Scores any model: --model.pretrained MODEL --data.source wikitext2.",
+    "report": "Writes one page about one run or several: RUN [RUN …].",
+}
+
+
+def overview(program: str) -> str:
+    """Every verb with a sentence; a plain one's is the first of its docstring.
+
+    Args:
+        program: how it is called.
+    """
+    said = {verb: " ".join(str(function.__doc__).split()).partition(". ")[0] for verb, function in VERBS.items()}
+    lines = [f"  {verb:<8} {sentence.rstrip('.')}" for verb, sentence in (_FITTING | said).items()]
+    ends = [f"{program} VERB --help says more; --debug shows tracebacks."]
+    return "\n".join([f"usage: {program} VERB [arguments]", *lines, *ends])

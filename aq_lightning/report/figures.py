@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from aq_lightning.report.record import Epoch, Matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 Curves = Mapping[str, Mapping[int, float]]
@@ -24,7 +25,7 @@ _INK, _FAINT = "#010101", "#020202"  # stand-ins that :func:`_themed` replaces b
 _LINES = tuple(f"#03030{number}" for number in range(8))
 _SHUT = "#8888883c"  # of entries that the mask never opened
 _SIZE = (4.4, 2.7)  # inches; on a phone one figure takes the whole width
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "font.family": "sans-serif",
     "svg.fonttype": "none",  # text stays text
@@ -151,11 +152,13 @@ def _finish(axes: Axes, across: str, up: str, log: bool) -> None:
 
 def _name(axes: Axes, columns: int) -> None:
     """A legend above."""
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    axes.legend(**above, ncols=columns, handlelength=1.4, fontsize=7, frameon=False, labelcolor=_INK)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns,
+        handlelength=1.4, fontsize=7, frameon=False, labelcolor=_INK,
+    )  # fmt: skip
 
 
-def _diverging() -> object:
+def _diverging() -> Colormap:
     """Blue through nothing to red: nothing is the page's own background."""
     from matplotlib.colors import LinearSegmentedColormap
 

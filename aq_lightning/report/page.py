@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from aq_lightning.durable import write_text
 from aq_lightning.report.figures import Curves, band, check_plots, distinct, heat_map, over_depth, over_epochs
@@ -66,7 +67,7 @@ def _summary(records: Sequence[Record]) -> Iterator[list[str]]:
     for record in records:
         for row in record.rows[:-1]:
             yield [record.name, str(row["model"]), _figure(row["perplexity"]), f"{row['bits']:.3f}", "", "", ""]
-        last = record.rows[-1] if record.rows else {"model": "not finished", "perplexity": None}
+        last: Mapping[str, Any] = record.rows[-1] if record.rows else {"model": "not finished", "perplexity": None}
         bits = "" if record.bits is None else f"{record.bits:.3f}"
         size = "" if record.size is None else f"{record.size / 1e6:,.1f} MB"
         own = [str(last["model"]), _figure(last["perplexity"]), bits, size]
