@@ -32,10 +32,9 @@ from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import Prepared, prepare
 from aq_lightning.quiet import quiet, unforeseen
-from aq_lightning.report import REPORT, write_report
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.summary import program, summary_lines
+from aq_lightning.summary import Log, draw, program, say, summary_lines
 from aq_lightning.verbs import BY_NAME, VERBS, overview, report
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -148,7 +147,7 @@ class CommandLine(LightningCLI):
                 check_reference(kind, self.trainer.strategy.root_device)
             self._calibrate(model, datamodule, run, guards)
         if self._section.report:
-            self._report(run)
+            draw(run.path)
         print("\n".join(summary_lines(run.path, run.results or {}, program())))
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
@@ -210,6 +209,7 @@ class CommandLine(LightningCLI):
         comparison = Comparison(datamodule.test_dataloader(), self.instantiate_trainer, model.recipe.streams.place)
 
         def baselines() -> dict[str, object]:
+            say("scoring the model as it is, and rounded to nearest")
             rows = comparison.baselines(pretrained, model.recipe.scheme)
             rows += comparison.references(pretrained, model.references)
             return {"rows": [row.as_dict() for row in rows]}
@@ -223,22 +223,16 @@ class CommandLine(LightningCLI):
             self.trainer.strategy.root_device,
             datamodule.seed,
             guards,
+            Log().window,
         )
         quantize(job, datamodule.calibration())
         method = Path(str(self._section.config[0])).stem
+        say("scoring the result")
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
         told = {"sites": prepared.places(), "notes": prepared.notes}
         return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict, **told}
-
-    def _report(self, run: RunDirectory) -> None:
-        """``RUN/report.html``, if it is not there yet; a run is finished without it."""
-        try:
-            if not (run.path / REPORT).exists():
-                write_report(run.path)
-        except RequestError as error:
-            print(f"note: no report. {error}")
 
     def _loggers(self, path: Path) -> list[Logger] | Logger | bool:
         """The configured loggers; unless told otherwise, CSV and TensorBoard files in ``RUN/logs``."""

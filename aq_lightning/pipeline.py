@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -82,6 +83,8 @@ class Job:
     """Of the order in which samples are visited."""
     guards: Guards = field(default_factory=Guards)
     """Against losing work."""
+    tell: Callable[[Position, Mapping[str, Any]], object] = lambda *_: None
+    """Told of each window when it is done, with its metrics."""
 
 
 def quantize(job: Job, windows: Tensor) -> None:
@@ -182,7 +185,7 @@ def calibrate(
     with observed(live.blocks, job.pretrained.architecture.sites) as quantized:
         loss = live.loss(live.blocks, inputs, target)
     reach |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(quantized)}
-    metrics = {
+    metrics: dict[str, Any] = {
         "block": position.index,
         "outcome": result.outcome,
         "attempts": result.attempts,
@@ -200,6 +203,7 @@ def calibrate(
         "peak_memory_bytes": peak_memory(job.device),
     }
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
+    job.tell(position, metrics)
 
 
 def export(job: Job) -> None:

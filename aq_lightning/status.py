@@ -9,6 +9,7 @@ import yaml
 
 from aq_lightning.calibration import RunDirectory
 from aq_lightning.errors import RequestError
+from aq_lightning.wording import duration
 
 
 def status_of(path: Path) -> str:
@@ -30,7 +31,7 @@ def status_of(path: Path) -> str:
         "windows": f"{len(done)} done" if now is None else f"{len(done)} of {now['windows']} done",
         "losses": ", ".join(f"{each['block']}: {each['loss']:.3g}" for each in done[-8:]),
         "disk": f"{sum(file.st_size for file in files) / 1e6:.1f} MB",
-        "last write": f"{_duration(max(0.0, time.time() - max(file.st_mtime for file in files)))} ago",
+        "last write": f"{duration(max(0.0, time.time() - max(file.st_mtime for file in files)))} ago",
     }
     if now is not None and not finished:
         lines["now"] = (f"block {now['block']}, epoch {now['epoch'] + 1} of {now['epochs']}, step {now['step']}, "
@@ -53,9 +54,4 @@ def _left(done: list[dict], now: dict) -> str:
     if not done:
         return "known after the first window"
     rest = now["windows"] - len(done) - min(1.0, (now["epoch"] + 1) / max(now["epochs"], 1))
-    return _duration(max(0.0, rest) * sum(each["seconds"] for each in done) / len(done))
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"
+    return duration(max(0.0, rest) * sum(each["seconds"] for each in done) / len(done))

@@ -1,20 +1,61 @@
-"""What is said when a run has ended."""
+"""What a run says while it works, and when it has ended."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aq_lightning.calibration import Cause
+from tqdm import tqdm
+
+from aq_lightning.calibration import Cause, Position
+from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
-from aq_lightning.report import REPORT
+from aq_lightning.report import REPORT, write_report
+from aq_lightning.wording import duration
 
 
 def program() -> str:
     """How this program was called, for commands to copy."""
     return "aq" if Path(sys.argv[0]).name == "aq" else "python train.py"
+
+
+def say(line: str) -> None:
+    """A line for a reader or a log, above whatever bar is shown."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+class Log:
+    """A line for each window when it is done."""
+
+    def __init__(self) -> None:
+        self.began, self.done = time.monotonic(), 0
+
+    def window(self, position: Position, metrics: Mapping[str, Any]) -> None:
+        """Says what became of a window, and how long the others will take."""
+        self.done += 1
+        rest = position.windows - position.window - 1
+        left = duration(rest * (time.monotonic() - self.began) / self.done)
+        outcome = "" if metrics["outcome"] == "trained" or not metrics["attempts"] else f", {metrics['outcome']}"
+        say(
+            f"block {metrics['block']} ({position.window + 1} of {position.windows}): loss {metrics['loss']:.3g} "
+            f"(round to nearest {metrics['rtn_loss']:.3g}{outcome}), {duration(metrics['seconds'])}, "
+            f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB, " + (f"{left} left" if rest else "the last")
+        )
+        if not rest:
+            say("writing and checking the checkpoint")
+
+
+def draw(path: Path) -> None:
+    """``RUN/report.html``, if it is not there yet; a run is finished without it."""
+    try:
+        if not (path / REPORT).exists():
+            write_report(path)
+    except RequestError as error:
+        say(f"note: no report. {error}")
 
 
 def summary_lines(path: Path, results: Mapping[str, Any], program: str) -> Iterator[str]:

@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("aq_lightning.kernels",),
     ("aq_lightning.qtensor", "aq_lightning.experts"),
     ("aq_lightning.scheme", "aq_lightning.models.sites"),
-    ("aq_lightning.errors", "aq_lightning.durable"),
+    ("aq_lightning.errors", "aq_lightning.durable", "aq_lightning.wording"),
 )
 ARCHITECTURES = re.compile(
     r"llama(?!\.cpp|-server)|mistral|qwen|gemma|gpt2|\bopt\b|bert|phi3|mixtral|falcon|gpt_neox|bloom", re.IGNORECASE

@@ -11,6 +11,7 @@ from typing import Any
 from aq_lightning.durable import write_text
 from aq_lightning.report.figures import Curves, band, check_plots, distinct, heat_map, over_depth, over_epochs
 from aq_lightning.report.record import Record
+from aq_lightning.wording import duration
 
 REPORT = "report.html"
 """Its name in a run directory."""
@@ -71,7 +72,7 @@ def _summary(records: Sequence[Record]) -> Iterator[list[str]]:
         bits = "" if record.bits is None else f"{record.bits:.3f}"
         size = "" if record.size is None else f"{record.size / 1e6:,.1f} MB"
         own = [str(last["model"]), _figure(last["perplexity"]), bits, size]
-        yield [record.name, *own, _duration(record.seconds), f"{record.memory / 1e9:.2f} GB"]
+        yield [record.name, *own, duration(record.seconds), f"{record.memory / 1e9:.2f} GB"]
 
 
 def _comparison(records: Sequence[Record]) -> Iterator[str]:
@@ -222,8 +223,3 @@ def _figure(perplexity: float | None) -> str:
     if perplexity is None or not math.isfinite(perplexity):
         return "–"
     return f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.2e}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
