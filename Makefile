@@ -1,6 +1,6 @@
 # Targets need only Python and make; everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -43,9 +43,12 @@ lint: setup ## check style, format and types
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
 
-test: lint ## check style and types, then run the tests
+docs: setup ## build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --quiet --strict
+
+test: lint docs ## check style, types and documentation, then run the tests
 	$(VENV) -m pytest
 
 clean: ## remove caches and build files; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -11,10 +11,14 @@ from typing import Any
 from tqdm import tqdm
 
 from aq_lightning.calibration import Cause, Position
+from aq_lightning.conversion import Run
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
+from aq_lightning.export import formats
 from aq_lightning.report import REPORT, write_report
 from aq_lightning.wording import duration
+
+_FORMATS: tuple[formats.Name, ...] = ("awq", "gptq", "gptq_v2", "dense")  # what engines take most widely comes first
 
 
 def program() -> str:
@@ -80,7 +84,19 @@ def summary_lines(path: Path, results: Mapping[str, Any], program: str) -> Itera
         yield f"report: {path / REPORT}"
     yield "next:"
     yield f"  {program} test --model.pretrained {path / 'checkpoint'} --data.source wikitext2"
-    if not rows[-1].overhead:  # no other format holds online products
-        yield f"  {program} export --run {path} --format gguf"
+    form = _format(path)
+    if form:
+        yield f"  {program} export --run {path} --format {form}"
     if not (path / REPORT).is_file():
         yield f"  {program} report {path}"
+
+
+def _format(path: Path) -> str:
+    """A format that holds a run's result; empty if none does but the one that it has."""
+    for name in _FORMATS:
+        try:
+            formats.named(name).check(Run(path).subject()[0])
+        except RequestError:
+            continue
+        return name
+    return ""
