@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from aq_lightning.calibration import Cause, Position
@@ -26,6 +27,7 @@ def program() -> str:
     return "aq" if Path(sys.argv[0]).name == "aq" else "python train.py"
 
 
+@rank_zero_only
 def say(line: str) -> None:
     """A line for a reader or a log, above whatever bar is shown."""
     tqdm.write(line)
@@ -53,6 +55,7 @@ class Log:
             say("writing and checking the checkpoint")
 
 
+@rank_zero_only
 def draw(path: Path) -> None:
     """``RUN/report.html``, if it is not there yet; a run is finished without it."""
     try:

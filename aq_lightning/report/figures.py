@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,10 @@ def check_plots() -> None:
 
 def over_depth(curves: Curves, label: str, log: bool = False) -> str:
     """A line with markers for each name, the block on the horizontal axis; SVG, empty if there is nothing to show."""
-    known = {name: {b: v for b, v in sorted(values.items()) if v is not None} for name, values in curves.items()}
+    known = {
+        name: {b: v for b, v in sorted(values.items()) if v is not None and math.isfinite(v)}
+        for name, values in curves.items()
+    }
     known = {name: values for name, values in known.items() if values}
     if not known:
         return ""
@@ -127,8 +131,7 @@ def heat_map(matrix: Matrix, part: int = 0) -> str:
 
 def band(mask: Tensor) -> int:
     """Off-diagonals open on each side of a mask, (size, size)."""
-    opened = mask.nonzero()
-    return int((opened[:, 0] - opened[:, 1]).abs().max())
+    return int(mask[0].nonzero().max())
 
 
 def _figure() -> tuple[Figure, Axes]:

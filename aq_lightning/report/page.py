@@ -16,6 +16,7 @@ from aq_lightning.wording import duration
 REPORT = "report.html"
 """Its name in a run directory."""
 _STYLE = Path(__file__).with_name("style.css")
+_ILL = 1e6  # condition number that deserves a word; float32 has seven digits
 _DEPTHS = 3  # windows whose matrices are drawn
 
 
@@ -134,6 +135,9 @@ def _incidents(record: Record) -> Iterator[str]:
             value = "not finite" if cause["value"] is None else f"{cause['value']:.2e}"
             site = f", {cause['site']}" if cause["site"] else ""
             yield f"block {cause['block']}{site}: {cause['what']} {value} in epoch {cause['epoch']}; tried again"
+        for site, condition in window["condition"].items():
+            if not condition <= _ILL:
+                yield f"block {window['block']}, {site}: left with condition number {condition:.1e}"
     yield from map(str, record.results.get("notes", ()))
 
 

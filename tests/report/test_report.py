@@ -166,10 +166,13 @@ def test_incidents_are_told(run: Path, tmp_path: Path) -> None:
     file = copy / "blocks/0001/metrics.json"
     metrics = json.loads(file.read_text())
     cause = {"block": 1, "site": "mlp_input", "what": "inverse", "value": None, "epoch": 2}
-    file.write_text(json.dumps({**metrics, "outcome": "first epoch", "causes": [cause]}))
+    condition = {**metrics["condition"], "mlp_hidden": 2e7, "value_output": float("inf")}
+    file.write_text(json.dumps({**metrics, "outcome": "first epoch", "causes": [cause], "condition": condition}))
     assert Outline(page([Record(copy)])).texts["li"] == [
         "block 1: training did not help, left as: first epoch",
         "block 1, mlp_input: inverse not finite in epoch 2; tried again",
+        "block 1, mlp_hidden: left with condition number 2.0e+07",
+        "block 1, value_output: left with condition number inf",
     ]
 
 
