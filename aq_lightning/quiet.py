@@ -1,8 +1,9 @@
-"""Messages that say nothing to a user of this program."""
+"""What a user of this program does not have to read: messages that say nothing, and tracebacks."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 
@@ -16,6 +17,16 @@ def quiet() -> None:
         ".*Checkpoint directory .* exists.*",
         ".*LeafSpec.*",
         ".*sync_dist=True.*",  # of several processes: what is logged is the same in all
+        ".*args parameter is intended to run from within Python.*",  # verbs and options of our own come first
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen blocks belong in eval mode
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def unforeseen(kind: type[BaseException], error: BaseException, _: object) -> None:
+    """A :data:`sys.excepthook` for faults of the program itself: one sentence; Python ends with exit code 1."""
+    said = str(error).strip().splitlines()
+    sys.stderr.write(
+        f"error: {kind.__name__}{f': {said[0]}' if said else ''}. This should not happen: add --debug to the command "
+        "for the traceback, and report it.\n"
+    )

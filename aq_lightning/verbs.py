@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+
+from jsonargparse import ArgumentParser
 
 from aq_lightning.conversion import convert
 from aq_lightning.doctor import examine
+from aq_lightning.durable import write_text
 from aq_lightning.errors import RequestError
 from aq_lightning.export import formats
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.loading import EMBEDDED, load
+from aq_lightning.report import REPORT, Record, page
 from aq_lightning.status import status_of
+from aq_lightning.summary import program
 
 
 def doctor(model: str = EMBEDDED, trust_remote_code: bool = False) -> int:
@@ -85,7 +91,49 @@ def status(run: str) -> int:
     return 0
 
 
-VERBS = {"doctor": doctor, "export": export, "status": status}
+def report(arguments: list[str]) -> int:
+    """Writes one page about one run or several: ``report RUN [RUN …] [--out FILE]``.
+
+    Args:
+        arguments: of the command line; of one run, the page goes into its directory.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        RequestError: a run is not there, or matplotlib is not installed.
+    """
+    parser = ArgumentParser(prog=f"{program()} report", description="One page about one run, or several side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, finished or not")
+    parser.add_argument("--out", type=Path | None, default=None, help="RUN/report.html or report.html unless told")
+    given = parser.parse_args(arguments)
+    beside = given.runs[0] / REPORT if len(given.runs) == 1 else Path(REPORT)
+    out = beside if given.out is None else given.out
+    write_text(out, page([Record(run) for run in given.runs]))
+    print(f"report: {out}")
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {"doctor": doctor, "export": export, "status": status}
 """Name on the command line → function; its answer is the exit code."""
 BY_NAME = {"export"}
 """Verbs whose required arguments have names on the command line."""
+
+_FITTING = {
+    "fit": "Calibrates a model: --config METHOD --model.pretrained MODEL --model.scheme w4a16g128 --out RUN.",
+    "plan": "Prints what that would do and cost; it takes the arguments of fit.",
+    "test": "Scores any model: --model.pretrained MODEL --data.source wikitext2.",
+    "report": "Writes one page about one run or several: RUN [RUN …].",
+}
+
+
+def overview(program: str) -> str:
+    """Every verb with a sentence; a plain one's is the first of its docstring.
+
+    Args:
+        program: how it is called.
+    """
+    said = {verb: " ".join(str(function.__doc__).split()).partition(". ")[0] for verb, function in VERBS.items()}
+    lines = [f"  {verb:<8} {sentence.rstrip('.')}" for verb, sentence in (_FITTING | said).items()]
+    ends = [f"{program} VERB --help says more; --debug shows tracebacks."]
+    return "\n".join([f"usage: {program} VERB [arguments]", *lines, *ends])

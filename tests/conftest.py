@@ -58,9 +58,17 @@ def fit(model_directory: Path, text_file: Path) -> Callable[..., Path]:
 
     def run(scheme: str, out: Path, *more: str, config: str = "affinequant.yaml") -> Path:
         sizes = ["--data.samples=8", "--data.length=32", "--data.evaluation_length=32", "--trainer.max_epochs=2"]
+        sizes += ["--report=false"]  # drawn where it is asked for
         main(
             ["fit", f"--config={CONFIGS / config}", f"--model.pretrained={model_directory}", f"--model.scheme={scheme}"]
-            + [f"--data.source={text_file}", "--trainer.accelerator=cpu", *sizes, f"--out={out}", *more]
+            + [
+                f"--data.source={text_file}",
+                "--trainer.accelerator=cpu",
+                "--report=false",
+                *sizes,
+                f"--out={out}",
+                *more,
+            ]
         )
         return out
 

@@ -76,7 +76,8 @@ def test_cost_is_printed_before_the_run_and_in_its_table(
     assert lines[0].startswith("online: attention_input (input_layernorm): 4,096 multiply–adds per token (+11.11 %)")
     assert lines[1].startswith("online: mlp_input (post_attention_layernorm): 4,096 multiply–adds per token (+11.11 %)")
     assert lines[2].startswith("online in all") and "16,384 multiply–adds per token (+22.22 %)" in lines[2]
-    table = lines[4:8]  # behind the disk use
+    (head,) = (number for number, line in enumerate(lines) if line.startswith("model "))
+    table = lines[head : head + 4]
     assert table[0].endswith("multiply–adds") and table[3].endswith("+22.22 %") and table[2].endswith("+0.00 %")
 
 

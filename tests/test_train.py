@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -118,7 +119,7 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
     assert len({*rows(run).values()}) == 3 or {block["outcome"] for block in metrics(run)} == {"nearest"}
     blocks = metrics(run)
     assert [block["block"] for block in blocks] == [0, 1]
-    others = ("condition", "candidates", "causes", "outcome")
+    others = ("condition", "candidates", "causes", "outcome", "margin", "reach")
     numbers = [value for block in blocks for name, value in block.items() if name not in others]
     conditions = [value for block in blocks for value in block["condition"].values()]
     assert all(math.isfinite(value) for value in numbers) and all(1 <= value < 1e6 for value in conditions)
@@ -126,6 +127,8 @@ def test_metrics(finished: Callable[[str], Path], scheme: str) -> None:
         assert block["loss"] <= 1.001 * min(block["rtn_loss"], block["initial_loss"]), "no block ends worse"
         assert block["candidates"][block["outcome"]] == min(block["candidates"].values())
         assert {"trained", "first epoch", "start", "nearest"} == set(block["candidates"]) and not block["causes"]
+        assert set(block["margin"]) == ({"value_output"} if block["condition"] else set())
+        assert all(0 < margin <= 1 for margin in block["margin"].values())
     assert json.loads((run / "results.json").read_text())["blocks"] == blocks
 
 
@@ -170,7 +173,8 @@ def test_rerun_prints_the_table_and_touches_nothing(
     finished: Callable[[str], Path], fit: Fit, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     fit("w4a16", tmp_path / "run")
-    said, _, table = capsys.readouterr().out.partition("\n")
+    said, model, table = capsys.readouterr().out.partition("model  ")
+    table = model + table
     assert said.startswith("disk use: up to ")
     assert {line.split("  ")[0] for line in table.splitlines()[:4]} == {"model", *rows(tmp_path / "run")}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -313,7 +317,20 @@ def test_a_real_process_writes_nothing_to_stderr(model_directory: Path, text_fil
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 7, "disk use, the table, where the checkpoint is, how it was checked"
+    lines = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert lines[:6] == [
+        "disk use",
+        "scoring the model as it is, and rounded to nearest",
+        "block 0 (1 of 2)",
+        "block 1 (2 of 2)",
+        "writing and checking the checkpoint",
+        "scoring the result",
+    ]
+    assert lines[10:14] == ["checkpoint", "checked", "report", "next"] and len(lines) == 16, "four of them the table"
+    assert re.fullmatch(
+        r"block 0 \(1 of 2\): loss \S+ \(round to nearest \S+\), \d+ s, \d\.\d\d GB, \d+ s left",
+        done.stdout.splitlines()[2],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:block .*condition number")

@@ -20,6 +20,8 @@ from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
 from aq_lightning.calibration.observe import Ranges as Ranges
 from aq_lightning.calibration.observe import observed as observed
+from aq_lightning.calibration.ranges import activation_reach as activation_reach
+from aq_lightning.calibration.ranges import weight_reach as weight_reach
 from aq_lightning.calibration.rotated import rotated as rotated
 from aq_lightning.calibration.shared import open_run as open_run
 from aq_lightning.calibration.streams import Streams as Streams

@@ -226,6 +226,11 @@ class BlockCalibration(Captured):
             for site in sorted(sites)
         }
 
+    def margins(self) -> dict[str, float]:
+        """How far the least dominant row of each site's affine matrices is from losing its dominance, now."""
+        known = {name.partition("/")[::2]: value for name, value in self.invertibility().items()}
+        return {site: value for (kind, site), value in known.items() if kind == "margin" and math.isfinite(value)}
+
     def invertibility(self) -> dict[str, float]:
         """What is known of the affine matrices of each site, the worst over the blocks of the window.
 

@@ -121,7 +121,8 @@ def test_progress_counts_the_epochs_of_all_blocks(
     fit("w4a16", tmp_path / "run", f"--trainer.callbacks={tmp_path / 'shown.yaml'}", "--trainer.max_epochs=3")
     shown = capfd.readouterr().err
     assert bars == [(0, 6), (3, 6)], "one bar for both blocks"
-    assert "block 2/2" in shown and "6/6" in shown and "loss=" in shown and "loss=-" not in shown
+    assert "block 2/2" in shown and "6/6" in shown and "epoch=3/3" in shown and "memory=" in shown
+    assert "loss=" in shown and "loss=-" not in shown
 
 
 def test_progress_shows_on_a_terminal() -> None:
