@@ -12,24 +12,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aq_lightning.kernels.int4_matmul.config import Config
+from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
 from aq_lightning.kernels.int4_matmul.unpack import common
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
-_BLOCK = 4096  # columns of a token that a program quantizes at once
+_BLOCK = 16384  # columns of a token that a program quantizes at once
 
 
 @triton.jit
 def _quantize_kernel(
-    x, codes, scale, K, WIDTH, HALF: tl.constexpr, CHUNK: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, codes, scale, K, WIDTH,
+    HALF: tl.constexpr, CHUNK: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One token: its scale, and its integers from ``−HALF`` to ``HALF − 1`` in the order of the weight's bytes."""
     i_m = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     b_max = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
         b_x = tl.load(x + i_m * K + begin + o, mask=begin + o < K, other=0.0).to(tl.float32)
@@ -92,7 +98,7 @@ def _int4_int8_matmul_kernel(
     M, N, K, WIDTH, spans, steps, splits,
     BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ over ``steps`` steps of UNROLL tiles of columns. GROUP: chunks that share a scale, 0: all."""
     BYTES: tl.constexpr = 2 * CHUNK
@@ -104,14 +110,17 @@ def _int4_int8_matmul_kernel(
     o_tile = tl.minimum(o_n // 64, (N - 1) // 64)
     p_w = words + (o_tile * (spans * 64 * BYTES) + (o_n % 64) * BYTES)[:, None] + o_e[None, :]
     p_x = x + o_m[None, :].to(tl.int64) * WIDTH + o_e[:, None]
+    first, last = i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL))
+    if OVERLAP:
+        start_early(words, first * UNROLL, tl.minimum(last * UNROLL, spans), spans, N, R, CHUNK, 64 * CHUNK, 2)
     b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if GROUP == 0:
         b_s, b_z = grid_of_rows(scales + o_n, o_n < N)
     b_y = tl.zeros([R, T], tl.int32 if GROUP == 0 else tl.float32)
-    for i_step in tl.range(i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL)), num_stages=STAGES):
+    for i_step in tl.range(first, last, num_stages=STAGES):
         for begin in tl.static_range(0, UNROLL * CODES, SAME):
             i_span = i_step * UNROLL + begin // CODES
-            i_tile = tl.minimum(i_span, spans - 1) if UNROLL > 1 else i_span
+            i_tile = tl.minimum(i_span, spans - 1)
             if GROUP != 0:
                 i_group = (i_span * CODES + begin % CODES) // GROUP
                 b_s, b_z = grid_of_rows(
@@ -139,14 +148,15 @@ def _int4_int8_matmul_kernel(
             _store(b_all, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
-def quantize(x: Tensor, bits: int, weight: Operands, width: int) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The activations' integers in the order of the weight's bytes, int8 (M, width), and scales, float32 (M)."""
     tokens, columns = x.shape
     codes, scale = x.new_empty(tokens, width, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
     block = min(_BLOCK, triton.next_power_of_2(width))
     _quantize_kernel[(tokens,)](
         x, codes, scale, columns, width,
-        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, num_warps=8,
+        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap,
+        num_warps=8 if block <= 4096 else 16, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
 
@@ -162,7 +172,7 @@ def int4_int8_matmul(x: Tensor, weight: Operands, bits: int, bias: Tensor | None
         config: how to cut the work; neither ``scaled`` nor ``dequantize`` matters.
     """
     steps = triton.cdiv(x.shape[1], config.unroll * weight.span)
-    codes, scale = quantize(x, bits, weight, steps * config.unroll * weight.span)
+    codes, scale = quantize(x, bits, weight, steps * config.unroll * weight.span, config.overlap)
     return multiply(codes, scale, weight, bias, config, x)
 
 
@@ -180,7 +190,7 @@ def multiply(codes: Tensor, scale: Tensor, weight: Operands, bias: Tensor | None
         tokens, rows, columns, codes.shape[1], weight.words.shape[1], steps, config.splits,
         BITS=weight.bits, CHUNK=chunk, GROUP=0 if groups == 1 else columns // groups // chunk,
         HAS_BIAS=bias is not None, R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1,
-        STAGES=config.stages, ASSEMBLY=x.is_cuda and torch.version.cuda is not None,
-        num_warps=config.warps, num_stages=config.stages,
+        STAGES=config.stages, ASSEMBLY=x.is_cuda and torch.version.cuda is not None, OVERLAP=config.overlap,
+        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
     )  # fmt: skip
     return y

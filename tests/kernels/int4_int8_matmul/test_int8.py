@@ -116,3 +116,27 @@ def test_every_width_on_a_gpu(bits: int) -> None:
     x = torch.randn(3, 2, 256, device=DEVICE).half()
     y, expected = int4_int8_matmul(x, *packed, 8), naive.int4_int8_matmul(x.float(), *packed, 8)
     assert_close("y", expected, y, 2e-3)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="programmatic dependent launch, since Hopper"
+)
+@pytest.mark.parametrize("size", [128, None])
+def test_products_that_start_early_wait_for_what_they_read(size: int | None) -> None:
+    from aq_lightning.kernels.int4_int8_matmul import triton
+
+    weight = random_weight(1024, 1024, 4, size, True)
+    weight.scale.mul_(0.25)  # the chain neither grows nor fades
+    packed = operands(weight)
+    x = torch.randn(3, 1024, device=DEVICE).half()
+
+    def chain(config: Config) -> Tensor:
+        y = x
+        for _ in range(12):
+            y = triton.int4_int8_matmul(y, packed, 8, None, config)
+        return y
+
+    expected = chain(Config(32, 8, splits=2, warps=2))
+    assert expected.isfinite().all() and expected.abs().max() > 0
+    for _ in range(20):
+        assert torch.equal(chain(Config(32, 8, splits=2, warps=2, overlap=True)), expected)
