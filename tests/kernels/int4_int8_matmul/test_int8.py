@@ -19,13 +19,13 @@ ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch):
+def answer():
     """The kernels' answer, written over NaN: (x, weight, bits, bias, config) → y."""
 
     def run(x: Tensor, weight: Operands, bits: int, bias: Tensor | None, config: Config) -> Tensor:
         from aq_lightning.kernels.int4_int8_matmul import triton
 
-        with fresh_memory_is_nan(monkeypatch):
+        with fresh_memory_is_nan():
             return triton.int4_int8_matmul(x, weight, bits, bias, config)
 
     return run

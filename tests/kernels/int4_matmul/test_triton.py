@@ -21,13 +21,13 @@ ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results, and of wei
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch):
+def answer():
     """The kernel's answer, written over NaN: (x, weight, bias, config) → y."""
 
     def run(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Tensor:
         from aq_lightning.kernels.int4_matmul import triton
 
-        with fresh_memory_is_nan(monkeypatch):
+        with fresh_memory_is_nan():
             return triton.int4_matmul(x, weight, bias, config)
 
     return run
