@@ -1,0 +1,141 @@
+r"""How a quantized weight lies in memory for matrix products: tiles that are read whole, codes that unpack in place.
+
+A weight W of shape (N, K) is cut into tiles of 64 rows and ``span`` columns, padded at the bottom and on the right. A
+tile is a run of ``b / gcd(16, b)`` planes of 16-bit words, each plane (64, chunk), ``span = chunk · 16 / gcd(16, b)``:
+
+* The ``codes = 16 / gcd(16, b)`` codes of one row that lie ``chunk`` columns apart, ``column = chunk · i + c`` with
+  ``i = 0 … codes − 1``, are one string of bits, code i at bits ``b·i … b·i + b − 1``; the string's p-th 16 bits are
+  word ``(row, c)`` of plane p.
+
+So one plane of words is loaded as if it were a 16-bit operand of a matrix product, and code i of all its words, shifted
+and masked, *is* that operand for the columns ``chunk · i … chunk · (i + 1) − 1``: nothing moves between threads. A word
+holds 4 codes of 4 bits, 8 of 2 bits, 2 of 8 bits; 16 codes of 3 bits are 3 words. Groups are whole chunks, so that each
+operand has one scale and zero point a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from aq_lightning.errors import RequestError
+from aq_lightning.kernels.layout import pack_words, unpack_words
+from aq_lightning.qtensor import QTensor
+from aq_lightning.scheme import Grid
+
+ROWS = 64
+"""Rows of a tile."""
+_CHUNKS = (64, 32, 16)
+_WORD = 16  # bits
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized weight of N rows and K columns in G groups, as tensors that a module holds as buffers."""
+
+    words: Tensor
+    """int16 (⌈N / 64⌉, ⌈K / span⌉, planes, 64, chunk): see the module."""
+    scales: Tensor
+    """Storage dtype (G, N)."""
+    zeros: Tensor | None
+    """uint8 (G, N): zero points; None: all are the middle code ``2^(bits − 1)``."""
+    grid: Grid
+    """Bits, group size and symmetry."""
+    shape: tuple[int, int]
+    """(N, K)."""
+
+    @staticmethod
+    def pack(weight: QTensor) -> PackedWeight:
+        """The same weight in tiles; the inverse of :meth:`unpack`.
+
+        Raises:
+            RequestError: the groups are no multiples of 16 columns, or a code does not fit its bits.
+        """
+        (rows, columns), bits = weight.codes.shape, weight.grid.bits
+        size = columns // weight.scale.shape[1]
+        chunk = _chunk(size, weight.scale.shape[1])
+        codes, planes = tiling(bits)
+        down, across = -(-rows // ROWS), -(-columns // (chunk * codes))
+        padded = weight.codes.new_zeros(down * ROWS, across * chunk * codes)
+        padded[:rows, :columns] = weight.codes
+        strings = padded.view(down, ROWS, across, codes, chunk).permute(
+            0, 2, 1, 4, 3
+        )  # (down, across, 64, chunk, codes)
+        words = pack_words(strings.reshape(-1, codes), bits, "dense").view(torch.int16)[:, :planes]
+        words = words.reshape(down, across, ROWS, chunk, planes).permute(0, 1, 4, 2, 3).contiguous()
+        middle = weight.grid.symmetric and bool((weight.zero == weight.grid.levels // 2).all())
+        zeros = None if middle else weight.zero.T.contiguous()
+        return PackedWeight(words, weight.scale.T.contiguous(), zeros, weight.grid, (rows, columns))
+
+    def unpack(self) -> QTensor:
+        """The weight as codes, scales and zero points."""
+        codes = unpack_codes(self.words, self.grid.bits)[: self.shape[0], : self.shape[1]].contiguous()
+        zeros = zero_points(self.scales, self.zeros, self.grid.bits)
+        return QTensor(codes, self.scales.T.contiguous(), zeros.T.contiguous(), self.grid)
+
+
+def tiling(bits: int) -> tuple[int, int]:
+    """Codes in a string of bits, and 16-bit words that hold it."""
+    return _WORD // gcd(_WORD, bits), bits // gcd(_WORD, bits)
+
+
+def unpack_codes(words: Tensor, bits: int) -> Tensor:
+    """Codes of a weight with its padding, uint8 (rows, columns).
+
+    Args:
+        words: as in :class:`PackedWeight`.
+        bits: width of a code.
+    """
+    codes, _ = tiling(bits)
+    down, across, planes, rows, chunk = words.shape
+    strings = words.permute(0, 1, 3, 4, 2).reshape(-1, planes)
+    strings = torch.nn.functional.pad(strings, (0, planes % 2)).view(torch.int32)  # pairs, as in 32-bit words
+    unpacked = unpack_words(strings, bits, codes, "dense").view(down, across, rows, chunk, codes)
+    return unpacked.permute(0, 2, 1, 4, 3).reshape(down * rows, across * codes * chunk)
+
+
+def zero_points(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """uint8 (G, N): those given, or the middle code."""
+    return torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+
+
+def expect(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None) -> None:
+    """Refuses activations, packed tensors or bias that do not fit each other, naming the fix."""
+    allowed = (torch.float16, torch.bfloat16) + ((torch.float32,) if x.device.type == "cpu" else ())
+    if x.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise RequestError(f"Activations on {x.device.type} are {names}, got {x.dtype}: convert them with .to(…).")
+    tensors = {"words": words, "scales": scales, "zeros": zeros, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RequestError(f"{name} are on {tensor.device}, activations on {x.device}: move them to one device.")
+    if words.dtype != torch.int16 or words.ndim != 5 or not words.is_contiguous():
+        raise RequestError(f"words are those of PackedWeight.pack, got {words.dtype} {tuple(words.shape)}: pack again.")
+    codes, planes = tiling(bits)
+    groups, rows = scales.shape
+    columns, span = x.shape[-1], codes * words.shape[4]
+    expected = -(-rows // ROWS), -(-columns // span), planes, ROWS
+    if words.shape[:4] != expected or columns % groups or (groups > 1 and columns // groups % words.shape[4]):
+        raise RequestError(
+            f"A weight of {rows} rows, {groups} groups and {bits} bits for {columns} channels has words "
+            f"{(*expected, words.shape[4])}, got {tuple(words.shape)}: check the activations' last size and the bits."
+        )
+    for name, shape, tensor in (("zeros", (groups, rows), zeros), ("bias", (rows,), bias)):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise RequestError(f"{name} have shape {shape}, got {tuple(tensor.shape)}: give those of the same weight.")
+
+
+def _chunk(size: int, groups: int) -> int:
+    """Columns of a plane: the most that no group breaks."""
+    if groups == 1:
+        return _CHUNKS[0]
+    for chunk in _CHUNKS:
+        if size % chunk == 0:
+            return chunk
+    raise RequestError(
+        f"Groups of a packed weight are multiples of {_CHUNKS[-1]} columns, got {size}: "
+        "quantize with groups of 32, 64 or 128, or per channel."
+    )
