@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,23 @@ from aq_lightning.scheme import Grid
 
 ROWS = 64
 """Rows of a tile."""
-_CHUNKS = (64, 32, 16)
+_CHUNKS = (32, 16)
+_ZERO = 0xFF  # the bits of a zero point
+_SPAN = 256  # columns of a tile at most: what a kernel holds of the activations at once
 _WORD = 16  # bits
+
+
+class Operands(NamedTuple):
+    """A packed weight as an operator gets it; fields as in :class:`PackedWeight`."""
+
+    words: Tensor
+    scales: Tensor
+    bits: int
+
+    @property
+    def span(self) -> int:
+        """Columns of a tile."""
+        return tiling(self.bits)[0] * self.words.shape[4]
 
 
 @dataclass(frozen=True)
@@ -39,11 +55,12 @@ class PackedWeight:
     words: Tensor
     """int16 (⌈N / 64⌉, ⌈K / span⌉, planes, 64, chunk): see the module."""
     scales: Tensor
-    """Storage dtype (G, N)."""
-    zeros: Tensor | None
-    """uint8 (G, N): zero points; None: all are the middle code ``2^(bits − 1)``."""
+    """int32 (G, N): the scale as the bits of a float32, whose lowest 8, which no 16-bit number needs, are the zero
+    point."""
     grid: Grid
     """Bits, group size and symmetry."""
+    storage: torch.dtype
+    """Of the scales in the checkpoint."""
     shape: tuple[int, int]
     """(N, K)."""
 
@@ -52,12 +69,12 @@ class PackedWeight:
         """The same weight in tiles; the inverse of :meth:`unpack`.
 
         Raises:
-            RequestError: the groups are no multiples of 16 columns, or a code does not fit its bits.
+            RequestError: the groups are no multiples of 16 columns, a code does not fit its bits, or a scale does not
+                fit 16 bits.
         """
         (rows, columns), bits = weight.codes.shape, weight.grid.bits
-        size = columns // weight.scale.shape[1]
-        chunk = _chunk(size, weight.scale.shape[1])
         codes, planes = tiling(bits)
+        chunk = _chunk(columns // weight.scale.shape[1], weight.scale.shape[1], codes)
         down, across = -(-rows // ROWS), -(-columns // (chunk * codes))
         padded = weight.codes.new_zeros(down * ROWS, across * chunk * codes)
         padded[:rows, :columns] = weight.codes
@@ -66,15 +83,16 @@ class PackedWeight:
         )  # (down, across, 64, chunk, codes)
         words = pack_words(strings.reshape(-1, codes), bits, "dense").view(torch.int16)[:, :planes]
         words = words.reshape(down, across, ROWS, chunk, planes).permute(0, 1, 4, 2, 3).contiguous()
-        middle = weight.grid.symmetric and bool((weight.zero == weight.grid.levels // 2).all())
-        zeros = None if middle else weight.zero.T.contiguous()
-        return PackedWeight(words, weight.scale.T.contiguous(), zeros, weight.grid, (rows, columns))
+        scales = weight.scale.T.float().contiguous().view(torch.int32)  # (G, N)
+        if bool((scales & _ZERO).any()):
+            raise RequestError(f"Scales of a packed weight have 16 bits, got {weight.scale.dtype}: convert them first.")
+        return PackedWeight(words, scales | weight.zero.T.int(), weight.grid, weight.scale.dtype, (rows, columns))
 
     def unpack(self) -> QTensor:
         """The weight as codes, scales and zero points."""
         codes = unpack_codes(self.words, self.grid.bits)[: self.shape[0], : self.shape[1]].contiguous()
-        zeros = zero_points(self.scales, self.zeros, self.grid.bits)
-        return QTensor(codes, self.scales.T.contiguous(), zeros.T.contiguous(), self.grid)
+        scale, zero = grids(self.scales)
+        return QTensor(codes, scale.T.to(self.storage).contiguous(), zero.T.contiguous(), self.grid)
 
 
 def tiling(bits: int) -> tuple[int, int]:
@@ -97,23 +115,24 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
     return unpacked.permute(0, 2, 1, 4, 3).reshape(down * rows, across * codes * chunk)
 
 
-def zero_points(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """uint8 (G, N): those given, or the middle code."""
-    return torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8) if zeros is None else zeros
+def grids(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales, float32, and zero points, uint8, of the shape of ``scales`` as in :class:`PackedWeight`."""
+    return (scales & ~_ZERO).view(torch.float32), (scales & _ZERO).to(torch.uint8)
 
 
-def expect(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None) -> None:
+def expect(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> None:
     """Refuses activations, packed tensors or bias that do not fit each other, naming the fix."""
     allowed = (torch.float16, torch.bfloat16) + ((torch.float32,) if x.device.type == "cpu" else ())
     if x.dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise RequestError(f"Activations on {x.device.type} are {names}, got {x.dtype}: convert them with .to(…).")
-    tensors = {"words": words, "scales": scales, "zeros": zeros, "bias": bias}
-    for name, tensor in tensors.items():
+    for name, tensor in {"words": words, "scales": scales, "bias": bias}.items():
         if tensor is not None and tensor.device != x.device:
             raise RequestError(f"{name} are on {tensor.device}, activations on {x.device}: move them to one device.")
-    if words.dtype != torch.int16 or words.ndim != 5 or not words.is_contiguous():
-        raise RequestError(f"words are those of PackedWeight.pack, got {words.dtype} {tuple(words.shape)}: pack again.")
+    for name, tensor, dtype, rank in (("words", words, torch.int16, 5), ("scales", scales, torch.int32, 2)):
+        if tensor.dtype != dtype or tensor.ndim != rank or not tensor.is_contiguous():
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise RequestError(f"{name} are those of PackedWeight.pack, contiguous, got {got}: pack the weight again.")
     codes, planes = tiling(bits)
     groups, rows = scales.shape
     columns, span = x.shape[-1], codes * words.shape[4]
@@ -123,17 +142,14 @@ def expect(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits:
             f"A weight of {rows} rows, {groups} groups and {bits} bits for {columns} channels has words "
             f"{(*expected, words.shape[4])}, got {tuple(words.shape)}: check the activations' last size and the bits."
         )
-    for name, shape, tensor in (("zeros", (groups, rows), zeros), ("bias", (rows,), bias)):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise RequestError(f"{name} have shape {shape}, got {tuple(tensor.shape)}: give those of the same weight.")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise RequestError(f"bias has shape {(rows,)}, got {tuple(bias.shape)}: give that of the same weight.")
 
 
-def _chunk(size: int, groups: int) -> int:
-    """Columns of a plane: the most that no group breaks."""
-    if groups == 1:
-        return _CHUNKS[0]
+def _chunk(size: int, groups: int, codes: int) -> int:
+    """Columns of a plane: the most that no group breaks and whose tile is not too wide."""
     for chunk in _CHUNKS:
-        if size % chunk == 0:
+        if codes * chunk <= _SPAN and (groups == 1 or size % chunk == 0):
             return chunk
     raise RequestError(
         f"Groups of a packed weight are multiples of {_CHUNKS[-1]} columns, got {size}: "

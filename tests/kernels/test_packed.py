@@ -10,7 +10,7 @@ from quantized import random_weight
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.kernels.packed import ROWS, PackedWeight, tiling
+from aq_lightning.kernels.packed import ROWS, PackedWeight, grids, tiling
 
 SIZES = st.sampled_from([(1, None), (2, 16), (3, 32), (1, 128), (2, 64), (3, 48)])
 
@@ -22,7 +22,7 @@ def test_round_trip(bits: int, rows: int, groups: tuple[int, int | None], symmet
     weight = random_weight(rows, columns if size is None else count * size, bits, size, symmetric)
     packed = PackedWeight.pack(weight)
     again = packed.unpack()
-    assert (packed.zeros is None) == symmetric and packed.shape == weight.codes.shape
+    assert packed.shape == weight.codes.shape
     assert again.grid == weight.grid
     for name in ("codes", "scale", "zero"):
         assert torch.equal(getattr(again, name), getattr(weight, name)), name
@@ -43,17 +43,25 @@ def code_at(words: Tensor, bits: int, row: int, column: int) -> int:
 def test_follows_the_specification(bits: int, size: int) -> None:
     weight = random_weight(67, 3 * size, bits, size, False)
     words = PackedWeight.pack(weight).words
-    assert words.dtype == torch.int16 and words.is_contiguous() and words.shape[4] == size
+    assert words.dtype == torch.int16 and words.is_contiguous() and size % words.shape[4] == 0
     for row in (0, 1, 63, 64, 66):
         codes = [code_at(words, bits, row, column) for column in range(3 * size)]
         assert codes == weight.codes[row].tolist()
 
 
-def test_symmetric_weights_with_other_zero_points_keep_them() -> None:
-    weight = random_weight(4, 64, 4, 32, True)
-    weight.zero[1, 1] = 3
-    packed = PackedWeight.pack(weight)
-    assert packed.zeros is not None and torch.equal(packed.unpack().zero, weight.zero)
+def test_a_scale_and_its_zero_point_share_a_word() -> None:
+    for storage in (torch.float16, torch.bfloat16):
+        weight = random_weight(4, 64, 8, 32, False, storage)
+        weight.scale.view(-1)[:3] = torch.tensor([torch.finfo(storage).tiny / 4, 0.0, float("inf")])
+        packed = PackedWeight.pack(weight)
+        scale, zero = grids(packed.scales)
+        assert torch.equal(scale.T, weight.scale.float()) and torch.equal(zero.T, weight.zero)
+        assert packed.unpack().scale.dtype == storage
+
+
+def test_scales_of_more_than_16_bits_are_refused() -> None:
+    with pytest.raises(RequestError, match="have 16 bits, got torch.float32"):
+        PackedWeight.pack(random_weight(4, 64, 4, 32, True, torch.float32))
 
 
 def test_groups_that_no_chunk_fits_are_refused() -> None:
