@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.kernels.layout import pack_words, unpack_words
 from aq_lightning.qtensor import QTensor
 from aq_lightning.scheme import Grid
 
@@ -78,11 +77,7 @@ class PackedWeight:
         down, across = -(-rows // ROWS), -(-columns // (chunk * codes))
         padded = weight.codes.new_zeros(down * ROWS, across * chunk * codes)
         padded[:rows, :columns] = weight.codes
-        strings = padded.view(down, ROWS, across, codes, chunk).permute(
-            0, 2, 1, 4, 3
-        )  # (down, across, 64, chunk, codes)
-        words = pack_words(strings.reshape(-1, codes), bits, "dense").view(torch.int16)[:, :planes]
-        words = words.reshape(down, across, ROWS, chunk, planes).permute(0, 1, 4, 2, 3).contiguous()
+        words = _join(padded.view(down, ROWS, across, codes, chunk).transpose(1, 2), bits)
         scales = weight.scale.T.float().contiguous().view(torch.int32)  # (G, N)
         if bool((scales & _ZERO).any()):
             raise RequestError(f"Scales of a packed weight have 16 bits, got {weight.scale.dtype}: convert them first.")
@@ -100,6 +95,20 @@ def tiling(bits: int) -> tuple[int, int]:
     return _WORD // gcd(_WORD, bits), bits // gcd(_WORD, bits)
 
 
+def _join(codes: Tensor, bits: int) -> Tensor:
+    """uint8 (down, across, 64, codes, chunk) → words, int16 (down, across, planes, 64, chunk)."""
+    if codes.numel() and int(codes.max()) >> bits:
+        raise RequestError(f"Codes of {bits} bits are below {2**bits}, got {int(codes.max())}: use more bits.")
+    planes = [torch.zeros_like(codes[:, :, :, 0], dtype=torch.int32) for _ in range(tiling(bits)[1])]
+    for code in range(codes.shape[3]):
+        place, shift = divmod(bits * code, _WORD)
+        part = codes[:, :, :, code].to(torch.int32)  # (down, across, 64, chunk)
+        planes[place] |= part << shift
+        if shift + bits > _WORD:
+            planes[place + 1] |= part >> _WORD - shift
+    return torch.stack(planes, 2).to(torch.int16)  # the low 16 bits
+
+
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
     """Codes of a weight with its padding, uint8 (rows, columns).
 
@@ -107,12 +116,16 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
         words: as in :class:`PackedWeight`.
         bits: width of a code.
     """
-    codes, _ = tiling(bits)
+    codes = tiling(bits)[0]
     down, across, planes, rows, chunk = words.shape
-    strings = words.permute(0, 1, 3, 4, 2).reshape(-1, planes)
-    strings = torch.nn.functional.pad(strings, (0, planes % 2)).view(torch.int32)  # pairs, as in 32-bit words
-    unpacked = unpack_words(strings, bits, codes, "dense").view(down, across, rows, chunk, codes)
-    return unpacked.permute(0, 2, 1, 4, 3).reshape(down * rows, across * codes * chunk)
+    unpacked = words.new_empty(down, rows, across, codes, chunk, dtype=torch.uint8)
+    for code in range(codes):
+        place, shift = divmod(bits * code, _WORD)
+        part = (words[:, :, place].to(torch.int32) & 0xFFFF) >> shift  # (down, across, rows, chunk)
+        if shift + bits > _WORD:
+            part |= words[:, :, place + 1].to(torch.int32) << _WORD - shift
+        unpacked[:, :, :, code] = (part & 2**bits - 1).to(torch.uint8).transpose(1, 2)
+    return unpacked.view(down * rows, across * codes * chunk)
 
 
 def grids(scales: Tensor) -> tuple[Tensor, Tensor]:

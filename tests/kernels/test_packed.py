@@ -67,3 +67,10 @@ def test_scales_of_more_than_16_bits_are_refused() -> None:
 def test_groups_that_no_chunk_fits_are_refused() -> None:
     with pytest.raises(RequestError, match="multiples of 16 columns, got 24"):
         PackedWeight.pack(random_weight(4, 48, 4, 24, False))
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    weight = random_weight(4, 64, 4, 32, True)
+    weight.codes[1, 2] = 16
+    with pytest.raises(RequestError, match="4 bits are below 16, got 16"):
+        PackedWeight.pack(weight)

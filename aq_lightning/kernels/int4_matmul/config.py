@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log2
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-TABLES = Path(__file__).parent / "tuned"
+_SHIPPED = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Product:
 @lru_cache(maxsize=4096)
 def choose(product: Product, device: torch.device) -> Config:
     """The measured configuration of the nearest product on this architecture, or a rule's where none was measured."""
-    table = _table(_architecture(device))
+    table = _table(architecture(device))
     near = [entry for entry in table if entry[0].bits == product.bits and entry[0].tokens >= product.tokens]
     near = near or [entry for entry in table if entry[0].bits == product.bits]
     if not near:
@@ -89,14 +90,23 @@ def _distance(entry: Product, product: Product) -> float:
     return 8 * tokens + abs(log2(entry.rows / product.rows)) + abs(log2(entry.columns / product.columns))
 
 
-@cache
-def _table(architecture: str) -> list[tuple[Product, Config]]:
-    path = TABLES / f"{architecture}.json"
-    return read(path) if path.is_file() else []
+def own_table(architecture: str) -> Path:
+    """Where configurations measured on this machine are kept; they come before those that ship."""
+    root = Path(os.environ.get("AQ_LIGHTNING_CACHE") or "~/.cache/aq_lightning").expanduser()
+    return root / "kernels" / f"{architecture}.json"
 
 
 @cache
-def _architecture(device: torch.device) -> str:
+def _table(name: str) -> list[tuple[Product, Config]]:
+    entries: dict[Product, Config] = {}
+    for path in (_SHIPPED / f"{name}.json", own_table(name)):
+        entries |= dict(read(path)) if path.is_file() else {}
+    return list(entries.items())
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Of a GPU: ``sm90``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 

@@ -42,10 +42,10 @@ def _weight(
 
 
 @triton.jit
-def _last_of(counter, SPLITS: tl.constexpr):
-    """Whether this block is the last of SPLITS to come here; the counter is 0 again after that."""
+def _last_of(counter, splits):
+    """Whether this block is the last of ``splits`` to come here; the counter is 0 again after that."""
     tl.debug_barrier()  # every thread's stores come before the count
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
     tl.store(counter, 0, mask=last)
     return last
 
@@ -61,13 +61,13 @@ def _finish(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "spans", "steps", "splits"])
 def _int4_matmul_kernel(
     x, words, scales, bias, y, partial, counter,
-    M, N, K, spans, steps,
+    M, N, K, spans, steps, splits,
     BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
-    R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLITS: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
@@ -104,16 +104,16 @@ def _int4_matmul_kernel(
                 b_w = _weight(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
                 b_sum = tl.dot(b_w, b_x, b_sum)
             b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
-    if SPLITS == 1:
+    if not SPLIT:
         _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
         i_tile = i_n * tl.num_programs(0) + i_m
-        p_partial = partial + i_tile.to(tl.int64) * (SPLITS * R * T) + tl.arange(0, R)[:, None] * T
+        p_partial = partial + i_tile.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
         p_partial += tl.arange(0, T)[None, :]
         tl.store(p_partial + i_k * (R * T), b_y)
-        if _last_of(counter + i_tile, SPLITS):
+        if _last_of(counter + i_tile, splits):
             b_all = tl.zeros([R, T], tl.float32)
-            for split in range(SPLITS):
+            for split in range(splits):
                 b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
             _finish(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
@@ -139,7 +139,7 @@ def _dequantize_kernel(
         tl.store(p_y + o_k, b_w, mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
 
 
-def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Tensor:
+def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config, out: Tensor | None = None) -> Tensor:
     """As :func:`naive.int4_matmul`, with blocks of the given sizes.
 
     Args:
@@ -147,22 +147,25 @@ def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config
         weight: the packed tensors.
         bias: (N); None: none.
         config: how to cut the work.
+        out: where to write the result, (M, N) like x; None: a new tensor.
     """
     (tokens, columns), rows = x.shape, weight.scales.shape[1]
     if config.dequantize:
-        return torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias if bias is None else bias.to(x))
+        bias = bias if bias is None else bias.to(x)
+        y = torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias)
+        return y if out is None else out.copy_(y)
     step = config.unroll * weight.span
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
-    y, partial, count = x.new_empty(tokens, rows), None, None
+    y, partial, count = x.new_empty(tokens, rows) if out is None else out, None, None
     if config.splits > 1:
         partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
         count = counters(x.device, grid[0] * grid[1])
     _int4_matmul_kernel[grid](
         x, weight.words, weight.scales, bias, y, partial, count,
-        tokens, rows, columns, weight.words.shape[1], steps,
+        tokens, rows, columns, weight.words.shape[1], steps, config.splits,
         **_constants(weight, columns, x.dtype), HAS_BIAS=bias is not None, RAGGED=columns % step != 0,
-        R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLITS=config.splits, STAGES=config.stages,
+        R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1, STAGES=config.stages,
         SCALED=config.scaled and weight.scales.shape[0] > 1, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
