@@ -47,15 +47,18 @@ class Product:
     columns: int
     """K."""
     bits: int
-    """Width of a code."""
+    """Width of a weight's code."""
+    activation_bits: int = 16
+    """Of an activation; 8 for all that travel as 8."""
 
 
 @lru_cache(maxsize=4096)
 def choose(product: Product, device: torch.device) -> Config:
     """The measured configuration of the nearest product on this architecture, or a rule's where none was measured."""
     table = _table(architecture(device))
-    near = [entry for entry in table if entry[0].bits == product.bits and entry[0].tokens >= product.tokens]
-    near = near or [entry for entry in table if entry[0].bits == product.bits]
+    kind = product.bits, product.activation_bits
+    same = [entry for entry in table if (entry[0].bits, entry[0].activation_bits) == kind]
+    near = [entry for entry in same if entry[0].tokens >= product.tokens] or same
     if not near:
         return rule(product, _processors(device))
     return min(near, key=lambda entry: _distance(entry[0], product))[1]

@@ -21,7 +21,7 @@ _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit
-def _grid(p_scales, m):
+def grid_of_rows(p_scales, m):
     """Scales and zero points of rows, float32 [R]; 0 where masked."""
     b_word = tl.load(p_scales, mask=m, other=0)
     return (b_word & -256).to(tl.float32, bitcast=True), (b_word & 255).to(tl.float32)
@@ -42,7 +42,7 @@ def _weight(
 
 
 @triton.jit
-def _last_of(counter, splits):
+def last_of(counter, splits):
     """Whether this block is the last of ``splits`` to come here; the counter is 0 again after that."""
     tl.debug_barrier()  # every thread's stores come before the count
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
@@ -84,14 +84,14 @@ def _int4_matmul_kernel(
     p_x = x + o_m[None, :].to(tl.int64) * K + o_c[:, None]
     b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if GROUP == 0:
-        b_s, b_z = _grid(scales + o_n, m_n)
+        b_s, b_z = grid_of_rows(scales + o_n, m_n)
     b_y = tl.zeros([R, T], tl.float32)
     for i_step in tl.range(i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL)), num_stages=STAGES):
         for begin in tl.static_range(0, STEP, SAME):
             if GROUP != 0:
                 i_group = (i_step * STEP + begin) // GROUP
                 m_s = m_n & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
-                b_s, b_z = _grid(scales + i_group * N + o_n, m_s)
+                b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
             b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
             for chunk in tl.static_range(begin, begin + SAME):
                 i_span = i_step * UNROLL + chunk // CODES
@@ -111,7 +111,7 @@ def _int4_matmul_kernel(
         p_partial = partial + i_tile.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
         p_partial += tl.arange(0, T)[None, :]
         tl.store(p_partial + i_k * (R * T), b_y)
-        if _last_of(counter + i_tile, splits):
+        if last_of(counter + i_tile, splits):
             b_all = tl.zeros([R, T], tl.float32)
             for split in range(splits):
                 b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
@@ -134,7 +134,7 @@ def _dequantize_kernel(
         o_k = (i_span * CODES + code) * CHUNK
         i_group = 0 if GROUP == 0 else o_k // (GROUP * CHUNK)
         m_s = (o_n < N) & (tl.full([64], o_k, tl.int32) < K)
-        b_s, b_z = _grid(scales + i_group * N + o_n, m_s)
+        b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
         b_w = _weight(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, True, ASSEMBLY)
         tl.store(p_y + o_k, b_w, mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
 

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from helpers import assert_close
-from quantized import random_weight
+from quantized import BFLOAT16, DEVICE, fresh_memory_is_nan, operands, random_weight
 from torch import Tensor
 
 from aq_lightning.kernels.int4_matmul import naive
 from aq_lightning.kernels.int4_matmul.config import Config, Product, choose, read, rule, save
-from aq_lightning.kernels.packed import Operands, PackedWeight
+from aq_lightning.kernels.packed import Operands
 from aq_lightning.qtensor import QTensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
-)
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results, and of weights that are scaled first
-
-
-def operands(weight: QTensor) -> Operands:
-    packed = PackedWeight.pack(weight)
-    return Operands(packed.words.to(DEVICE), packed.scales.to(DEVICE), weight.grid.bits)
-
-
-@contextmanager
-def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a kernel does not write is seen."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3, device=DEVICE).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
