@@ -7,6 +7,7 @@ not installed are named and left out. Results are kept line by line in --out: no
 
     python benchmarks/kernels.py --tune --seconds 400     # measures block sizes and keeps the fastest for this GPU
     python benchmarks/kernels.py --seconds 200            # the table of times
+    python benchmarks/kernels.py --activation-bits 8 --group 0   # activations rounded per token, a scale for each row
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peers import PEERS, Weights
+from peers import INTEGER_PEERS, PEERS, Weights
 from torch import Tensor
 
+from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul
 from aq_lightning.kernels.int4_matmul import int4_matmul
-from aq_lightning.kernels.int4_matmul.config import Config, Product, architecture, own_table
-from aq_lightning.kernels.int4_matmul.tuning import (
+from aq_lightning.kernels.int4_matmul.config import Config, Product, architecture, choose, own_table
+from aq_lightning.kernels.tuning import (
     COLD,
+    calls,
     candidates,
     compile_all,
     fastest,
@@ -46,11 +50,17 @@ def copies(size: int) -> int:
     return max(2, -(-COLD // size))
 
 
+def compiled(config: Config) -> Config:
+    """What stands for all configurations of one kernel."""
+    return replace(config, splits=min(config.splits, 2))
+
+
 def tune(given: argparse.Namespace, began: float) -> None:
     """Measures block sizes for every product, and writes the fastest of each as soon as it is known."""
-    products = [Product(t, *shape, given.bits) for t in TUNED if t in given.tokens for shape in given.shapes]
-    wanted = {Config(**{**vars(c), "splits": min(c.splits, 2)}) for p in products for c in candidates(p)}
-    good = compile_all(sorted(wanted, key=str), given.bits, given.seconds / 3)
+    kind = given.bits, 16 if given.activation_bits == 16 else 8
+    products = [Product(t, *shape, *kind) for t in TUNED if t in given.tokens for shape in given.shapes]
+    wanted = {compiled(config) for product in products for config in candidates(product)}
+    good = compile_all(sorted(wanted, key=str), products[0], given.seconds / 3)
     print(f"{len(good)} of {len(wanted)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)
     path = given.table or own_table(architecture(torch.device("cuda", 0)))
     operands = {shape: [] for shape in given.shapes}
@@ -61,12 +71,12 @@ def tune(given: argparse.Namespace, began: float) -> None:
             return
         shape = (product.rows, product.columns)
         if not operands[shape]:
-            first = random_operands(*shape, given.bits, given.group, "cuda")
+            first = random_operands(*shape, given.bits, given.group or shape[1], "cuda")
             operands[shape] = [first] + [
                 first._replace(words=first.words.clone(), scales=first.scales.clone())
                 for _ in range(copies(first.words.nbytes) - 1)
             ]
-        configs = [c for c in candidates(product) if Config(**{**vars(c), "splits": min(c.splits, 2)}) in good]
+        configs = [config for config in candidates(product) if compiled(config) in good]
         found = fastest(product, operands[shape], configs, left / (len(products) - number))
         if found:
             merge(path, product, found[0])
@@ -87,28 +97,40 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / microseconds([lambda: target.copy_(source)])
 
 
-def ways(weights: Weights) -> Iterator[tuple[str, Callable[[Tensor], list[Callable[[], Tensor]]], float]]:
+def ways(
+    weights: Weights, activation_bits: int
+) -> Iterator[tuple[str, Callable[[Tensor], list[Callable[[], Tensor]]], float]]:
     """(name, x ↦ calls over copies of the weight, tolerance)."""
     packed = weights.packed()
 
     def ours(x: Tensor) -> list[Callable[[], Tensor]]:
-        return [lambda w=w: int4_matmul(x, *w) for w in packed]
+        if activation_bits == 16:
+            return [lambda w=w: int4_matmul(x, *w) for w in packed]
+        return [lambda w=w: int4_int8_matmul(x, *w, activation_bits) for w in packed]
 
-    yield OURS, ours, 2e-3
-    for name, peer in PEERS.items():
+    def alone(x: Tensor) -> list[Callable[[], Tensor]]:
+        product = Product(x.shape[0], *weights.reference.shape, packed[0].bits, 8)
+        config = choose(product, x.device)
+        return calls(replace(product, activation_bits=activation_bits), x, packed, config)
+
+    rounding = {16: 2e-3, 8: 2e-2, 4: 0.25}.get(activation_bits, 0.5)  # the expected product has whole activations
+    yield OURS, ours, rounding
+    if activation_bits < 16:
+        yield "… without rounding activations", alone, rounding
+    for name, peer in (PEERS if activation_bits == 16 else INTEGER_PEERS).items():
         try:
-            calls, tolerance = peer(weights)
+            calls_of, tolerance = peer(weights)
         except (ImportError, NotImplementedError, RuntimeError, TypeError) as error:
             print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})", flush=True)
             continue
-        yield name, calls, tolerance
+        yield name, calls_of, tolerance
 
 
 def one_shape(given: argparse.Namespace, shape: tuple[int, int], ends: float) -> dict[str, dict[int, float]]:
     """Way → tokens → microseconds."""
-    weights = Weights(*shape, given.bits, given.group, given.symmetric, copies)
+    weights = Weights(*shape, given.bits, given.group or shape[1], given.symmetric, copies)
     times: dict[str, dict[int, float]] = {}
-    for name, calls, tolerance in ways(weights):
+    for name, calls_of, tolerance in ways(weights, given.activation_bits):
         times[name] = {}
         for tokens in given.tokens:
             if time.monotonic() > ends or (name == "tinygemm" and tokens > 128):
@@ -116,7 +138,7 @@ def one_shape(given: argparse.Namespace, shape: tuple[int, int], ends: float) ->
             x = torch.randn(tokens, shape[1], device="cuda").half()
             expected = x.float() @ weights.reference.T
             try:
-                runs = calls(x)
+                runs = calls_of(x)
                 torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed at once: the answer takes its place
                 error = float((runs[0]().float() - expected).norm() / expected.norm())
                 if not error <= tolerance:
@@ -174,7 +196,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="measure block sizes instead of ways")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--activation-bits", type=int, default=16, help="16, or 2 to 8: rounded per token")
+    parser.add_argument("--group", type=int, default=128, help="0: a scale for each row")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=lambda text: tuple(map(int, text.split("x"))))
@@ -194,7 +217,7 @@ def main() -> None:
             break
         tables[shape] = one_shape(given, shape, time.monotonic() + left / (len(given.shapes) - number))
         torch.cuda.empty_cache()
-        print("\n".join(rows_of(shape, given.bits + 32 / given.group, tables[shape], copy)), flush=True)
+        print("\n".join(rows_of(shape, given.bits + 32 / (given.group or shape[1]), tables[shape], copy)), flush=True)
     print("\n".join(means(tables)))
 
 

@@ -107,6 +107,18 @@ def humming(weights: Weights) -> tuple[Calls, float]:
     return lambda x: [lambda layer=layer: layer(x) for layer in kept], 0.2
 
 
+def int8(weights: Weights) -> tuple[Calls, float]:
+    """``torch._int_mm`` on integers of 8 bits, nothing scaled: the bare product, hence no tolerance."""
+    first = torch.randint(-127, 128, tuple(weights.reference.shape), dtype=torch.int8, device="cuda")
+    kept = [first] + [first.clone() for _ in range(weights.copies(first.nbytes) - 1)]
+
+    def calls(x: Tensor) -> list[Callable[[], Tensor]]:
+        codes = torch.randint(-127, 128, tuple(x.shape), dtype=torch.int8, device="cuda")
+        return [lambda w=w: torch._int_mm(codes, w.T) for w in kept]
+
+    return calls, float("inf")
+
+
 def bitsandbytes(weights: Weights) -> tuple[Calls, float]:
     """bitsandbytes NF4, blocks of 64, which is another grid, hence the tolerance."""
     import bitsandbytes as package
@@ -126,3 +138,5 @@ PEERS: dict[str, Callable[[Weights], tuple[Calls, float]]] = {
     "humming": humming,
     "bitsandbytes nf4": bitsandbytes,
 }
+INTEGER_PEERS = {"fp16": cublas, "int8 torch._int_mm": int8}
+"""Those whose activations are integers, and the measure of all."""

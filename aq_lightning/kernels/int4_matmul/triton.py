@@ -147,17 +147,15 @@ def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config
         weight: the packed tensors.
         bias: (N); None: none.
         config: how to cut the work.
-        out: where to write the result, (M, N) like x; None: a new tensor.
     """
     (tokens, columns), rows = x.shape, weight.scales.shape[1]
     if config.dequantize:
         bias = bias if bias is None else bias.to(x)
-        y = torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias)
-        return y if out is None else out.copy_(y)
+        return torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias)
     step = config.unroll * weight.span
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
-    y, partial, count = x.new_empty(tokens, rows) if out is None else out, None, None
+    y, partial, count = x.new_empty(tokens, rows), None, None
     if config.splits > 1:
         partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
         count = counters(x.device, grid[0] * grid[1])

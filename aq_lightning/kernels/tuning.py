@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from itertools import cycle, islice
 from itertools import product as combinations
 from multiprocessing import get_context
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aq_lightning.kernels.int4_matmul import naive
+from aq_lightning.kernels.int4_int8_matmul import naive as int4_int8_matmul
+from aq_lightning.kernels.int4_matmul import naive as int4_matmul
 from aq_lightning.kernels.int4_matmul.config import Config, Product, read, save
 from aq_lightning.kernels.packed import ROWS, Operands, tiling
 
@@ -36,6 +38,8 @@ def candidates(product: Product) -> list[Config]:
         if _sensible(product, rows, tokens, unroll, splits)
     ]
     found = [config for config in found if _shared(config, product.bits) <= _SHARED]
+    if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
+        return list(dict.fromkeys(replace(config, scaled=False) for config in found))
     return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
 
 
@@ -79,33 +83,56 @@ def random_operands(rows: int, columns: int, bits: int, size: int, device: str) 
     return Operands(words, scales.view(torch.int32) | 2 ** (bits - 1), bits)
 
 
-def error(config: Config, x: Tensor, weight: Operands, expected: Tensor) -> float:
-    """Relative RMS error of a configuration, infinite if it fails; the answer is written over NaN."""
+def calls(product: Product, x: Tensor, weights: Sequence[Operands], config: Config) -> list[Callable[[], Tensor]]:
+    """The product of one x with each weight; where activations are quantized, that is done already."""
+    if product.activation_bits == 16:
+        from aq_lightning.kernels.int4_matmul import triton
+
+        return [lambda weight=weight: triton.int4_matmul(x, weight, None, config) for weight in weights]
+    from aq_lightning.kernels.int4_int8_matmul import triton as integer
+
+    step = config.unroll * weights[0].span
+    codes, scale = integer.quantize(x, product.activation_bits, weights[0], -(-x.shape[1] // step) * step)
+    return [lambda weight=weight: integer.multiply(codes, scale, weight, None, config, x) for weight in weights]
+
+
+def reference(product: Product, x: Tensor, weight: Operands) -> Tensor:
+    """What the calls must answer, float32."""
+    if product.activation_bits == 16:
+        return int4_matmul.int4_matmul(x.float(), *weight)
+    return int4_int8_matmul.int4_int8_matmul(x.float(), *weight, product.activation_bits)
+
+
+def error(product: Product, x: Tensor, weight: Operands, config: Config, expected: Tensor) -> float:
+    """Relative RMS error of a configuration, infinite if it fails."""
     from triton import CompilationError, OutOfResources
 
-    from aq_lightning.kernels.int4_matmul import triton
-
-    y = torch.full_like(expected, float("nan"), dtype=x.dtype)
+    torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed at once: the answer takes its place
     try:
-        triton.int4_matmul(x, weight, None, config, out=y)
+        y = calls(product, x, [weight], config)[0]()
+        found = float((y.float() - expected).norm() / expected.norm())
     except (OutOfResources, CompilationError, RuntimeError):
         return float("inf")
-    found = float((y.float() - expected).norm() / expected.norm())
     return found if found == found else float("inf")
 
 
-def compile_all(configs: Sequence[Config], bits: int, seconds: float) -> set[Config]:
+def compile_all(configs: Sequence[Config], product: Product, seconds: float) -> set[Config]:
     """Compiles configurations in as many processes as there are processors, each on a small product that it must get
     right; the binaries stay in Triton's cache.
 
+    Args:
+        configs: ``splits`` does not matter to the compiler, beyond being 1 or not.
+        product: of which the widths count.
+        seconds: after which the rest is left out.
+
     Returns:
-        Those that compiled in time and were right. ``splits`` does not matter to the compiler, beyond being 1 or not.
+        Those that compiled in time and were right.
     """
     ends = time.monotonic() + seconds
     workers = max(1, (os.cpu_count() or 2) - 1)
     good: set[Config] = set()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs: dict[Future[float], Config] = {pool.submit(_try, config, bits): config for config in configs}
+        jobs: dict[Future[float], Config] = {pool.submit(_try, config, product): config for config in configs}
         try:
             for job in as_completed(jobs, timeout=max(0.0, ends - time.monotonic())):
                 if job.exception() is None and job.result() < _WRONG:
@@ -115,11 +142,11 @@ def compile_all(configs: Sequence[Config], bits: int, seconds: float) -> set[Con
     return good
 
 
-def _try(config: Config, bits: int) -> float:
+def _try(config: Config, product: Product) -> float:
     torch.manual_seed(0)
-    weight = random_operands(256, 1024, bits, 128, "cuda")
+    weight = random_operands(256, 1024, product.bits, 128, "cuda")
     x = torch.randn(config.tokens + 3, 1024, device="cuda").half()
-    return error(config, x, weight, naive.int4_matmul(x.float(), *weight))
+    return error(product, x, weight, config, reference(product, x, weight))
 
 
 def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.0, rounds: int = 5) -> float:
@@ -168,22 +195,19 @@ def fastest(
         configs: what to measure, likeliest first.
         seconds: for all.
     """
-    from aq_lightning.kernels.int4_matmul import triton
-
     ends = time.monotonic() + seconds
     x = torch.randn(product.tokens, product.columns, device="cuda").half()
-    expected = naive.int4_matmul(x.float(), *weights[0])
-    runs = list(islice(cycle(weights), max(4, len(weights))))
+    expected = reference(product, x, weights[0])
+    cold = list(islice(cycle(weights), max(4, len(weights))))
 
     def measured(config: Config, milliseconds: float, rounds: int) -> float:
-        calls = [lambda weight=weight: triton.int4_matmul(x, weight, None, config) for weight in runs]
-        return microseconds(calls, milliseconds, rounds)
+        return microseconds(calls(product, x, cold, config), milliseconds, rounds)
 
     times: dict[Config, float] = {}
     for config in configs:
         if time.monotonic() > ends - 0.25 * seconds and times:
             break
-        if error(config, x, weights[0], expected) < _WRONG:
+        if error(product, x, weights[0], config, expected) < _WRONG:
             times[config] = measured(config, 1.0, 3)
     best = sorted(times, key=times.__getitem__)[:_CLOSE]
     again = {config: measured(config, 5.0, 5) for config in best}
