@@ -25,6 +25,7 @@ from peers import INTEGER_PEERS, PEERS, Weights
 from torch import Tensor
 
 from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul
+from aq_lightning.kernels.int4_int8_matmul.naive import fake_quantize
 from aq_lightning.kernels.int4_matmul import int4_matmul
 from aq_lightning.kernels.int4_matmul.config import Config, Product, architecture, choose, own_table
 from aq_lightning.kernels.tuning import (
@@ -113,30 +114,30 @@ def ways(
         config = choose(product, x.device)
         return calls(replace(product, activation_bits=activation_bits), x, packed, config)
 
-    rounding = {16: 2e-3, 8: 2e-2, 4: 0.25}.get(activation_bits, 0.5)  # the expected product has whole activations
-    yield OURS, ours, rounding
+    yield OURS, ours, 2e-3, activation_bits < 16
     if activation_bits < 16:
-        yield "… without rounding activations", alone, rounding
+        yield "… without rounding activations", alone, 2e-3, True
     for name, peer in (PEERS if activation_bits == 16 else INTEGER_PEERS).items():
         try:
             calls_of, tolerance = peer(weights)
         except (ImportError, NotImplementedError, RuntimeError, TypeError) as error:
             print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:100]})", flush=True)
             continue
-        yield name, calls_of, tolerance
+        yield name, calls_of, tolerance, False
 
 
 def one_shape(given: argparse.Namespace, shape: tuple[int, int], ends: float) -> dict[str, dict[int, float]]:
     """Way → tokens → microseconds."""
     weights = Weights(*shape, given.bits, given.group or shape[1], given.symmetric, copies)
     times: dict[str, dict[int, float]] = {}
-    for name, calls_of, tolerance in ways(weights, given.activation_bits):
+    for name, calls_of, tolerance, rounds in ways(weights, given.activation_bits):
         times[name] = {}
         for tokens in given.tokens:
             if time.monotonic() > ends or (name == "tinygemm" and tokens > 128):
                 continue
             x = torch.randn(tokens, shape[1], device="cuda").half()
-            expected = x.float() @ weights.reference.T
+            seen = fake_quantize(x.float(), given.activation_bits) if rounds else x.float()
+            expected = seen @ weights.reference.T
             try:
                 runs = calls_of(x)
                 torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed at once: the answer takes its place

@@ -53,7 +53,7 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[int],
     if 16 < tokens <= 64:
         yield 16 if tokens <= 32 else 32, few[3:], [1], [3, 4], [False]
     if 32 < tokens <= 128:
-        yield 64, [(64, 2), (64, 4), (128, 4), (128, 8), (256, 8)], [1], [2, 3, 4], [False, True]
+        yield 64, [(64, 4), (128, 4), (128, 8), (256, 8)], [1], [2, 3, 4], [False, True]
     if tokens > 64:
         yield 128, [(64, 4), (128, 4), (128, 8), (256, 8)], [1], [2, 3, 4], [True]
     if tokens > 128:
