@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aq_lightning.kernels.int4_int8_matmul import naive as int4_int8_matmul
 from aq_lightning.kernels.int4_matmul import naive as int4_matmul
-from aq_lightning.kernels.int4_matmul.config import Config, Product, read, save
+from aq_lightning.kernels.int4_matmul.config import Config, Product, read, save, shared
 from aq_lightning.kernels.packed import ROWS, Operands, tiling
 
 COLD = 200 * 2**20
@@ -37,7 +37,7 @@ def candidates(product: Product) -> list[Config]:
         for splits in (1, 2, 3, 4, 6, 8)
         if _sensible(product, rows, tokens, unroll, splits)
     ]
-    found = [config for config in found if _shared(config, product.bits) <= _SHARED]
+    found = [config for config in found if shared(config, product) <= _SHARED]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
         return list(dict.fromkeys(replace(config, scaled=False) for config in found))
     return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
@@ -65,12 +65,6 @@ def _sensible(product: Product, rows: int, tokens: int, unroll: int, splits: int
     blocks = -(-product.rows // rows) * -(-product.tokens // tokens) * splits
     steps = product.columns // (128 * unroll)
     return steps >= 2 * splits and (splits == 1 or 96 <= blocks <= 132 * 16)
-
-
-def _shared(config: Config, bits: int) -> int:
-    """Bytes of shared memory, about."""
-    columns = config.unroll * tiling(bits)[0] * (32 if bits != 3 else 16)
-    return (config.stages - 1) * config.rows * (columns * bits // 8 + 4) + config.stages * config.tokens * columns * 2
 
 
 def random_operands(rows: int, columns: int, bits: int, size: int, device: str) -> Operands:

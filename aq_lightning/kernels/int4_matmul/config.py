@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 
 import torch
 
+from aq_lightning.kernels.packed import tiling
+
+_SHARED = 96 * 1024  # bytes of shared memory that a block may have on any GPU since Ampere
 _SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -65,13 +68,25 @@ def choose(product: Product, device: torch.device) -> Config:
 
 
 def rule(product: Product, processors: int) -> Config:
-    """Blocks of 64 rows, enough of them for every processor."""
+    """Blocks of 64 rows, enough for every processor, that any GPU since Ampere can hold; many tokens are left to torch."""
+    if product.tokens >= 256 and product.activation_bits == 16:
+        return Config(dequantize=True)
     tokens = min(64, max(8, 1 << max(product.tokens - 1, 0).bit_length()))
     blocks = -(-product.rows // 64) * -(-product.tokens // tokens)
     splits = 1
     while splits < 8 and blocks * splits * 2 <= 4 * processors and product.columns // (splits * 2) >= 512:
         splits *= 2
-    return Config(64, tokens, 1, splits, 4 if tokens <= 32 else 3, 4, scaled=tokens > 32)
+    found = Config(64, tokens, 1, splits, 4, 4, scaled=tokens > 32 and product.activation_bits == 16)
+    while found.stages > 2 and shared(found, product) > _SHARED:
+        found = replace(found, stages=found.stages - 1)
+    return found
+
+
+def shared(config: Config, product: Product) -> int:
+    """Bytes of shared memory that a block takes, about: two bytes an activation, as if none were rounded."""
+    columns = config.unroll * min(256, 32 * tiling(product.bits)[0])
+    weights = config.rows * (columns * product.bits // 8 + 4)
+    return (config.stages - 1) * weights + config.stages * config.tokens * columns * 2
 
 
 def save(entries: list[tuple[Product, Config]], path: Path) -> None:

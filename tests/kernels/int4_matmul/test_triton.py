@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close
 from quantized import BFLOAT16, DEVICE, fresh_memory_is_nan, operands, random_weight
 from torch import Tensor
 
+from aq_lightning.kernels.int4_matmul import config as table
 from aq_lightning.kernels.int4_matmul import naive
-from aq_lightning.kernels.int4_matmul.config import Config, Product, choose, read, rule, save
+from aq_lightning.kernels.int4_matmul.config import Config, Product, choose, read, rule, save, shared
 from aq_lightning.kernels.packed import Operands
+from aq_lightning.kernels.tuning import candidates, merge
 from aq_lightning.qtensor import QTensor
 
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results, and of weights that are scaled first
@@ -152,8 +156,40 @@ def test_tables(tmp_path) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 500])
 @pytest.mark.parametrize("shape", [(64, 128), (4096, 4096), (128256, 8192)], ids=str)
 def test_the_rule_where_nothing_was_measured(tokens: int, shape: tuple[int, int]) -> None:
-    config = rule(Product(tokens, *shape, 4), processors=132)
-    assert config.tokens >= min(tokens, 64) and config.splits * 512 <= max(512, shape[1])
+    for bits, activation_bits in ((2, 16), (3, 16), (4, 16), (8, 16), (2, 8), (4, 8)):
+        product = Product(tokens, *shape, bits, activation_bits)
+        config = rule(product, processors=132)
+        assert config.dequantize == (tokens == 500 and activation_bits == 16)
+        assert config.dequantize or config.tokens >= min(tokens, 64)
+        assert config.splits * 512 <= max(512, shape[1]) and shared(config, product) <= 99 * 1024
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300, 5000])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_what_is_worth_measuring(tokens: int, activation_bits: int) -> None:
+    product = Product(tokens, 4096, 4096, 4, activation_bits)
+    configs = candidates(product)
+    assert len(configs) == len(set(configs)) > 4
+    assert Config(dequantize=True) in configs or tokens < 64 or activation_bits == 8
+    assert all(shared(config, product) <= 227 * 1024 for config in configs)
+
+
+def test_a_measured_product_comes_before_its_neighbours(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AQ_LIGHTNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(table, "architecture", lambda device: "sm00")
+    monkeypatch.setattr(table, "_processors", lambda device: 100)
+    near, far = Product(16, 4096, 4096, 4), Product(16, 8192, 28672, 4)
+    path = table.own_table("sm00")
+    for product, config in ((near, Config(splits=2)), (far, Config(splits=3)), (near, Config(splits=4))):
+        merge(path, product, config)
+    assert read(path) == [(near, Config(splits=4)), (far, Config(splits=3))]
+    device = torch.device("cpu")
+    assert choose(near, device) == choose(replace(near, tokens=9, rows=5120), device) == Config(splits=4)
+    assert choose(replace(far, tokens=3), device) == Config(splits=3)
+    assert choose(replace(near, tokens=1000), device) == Config(splits=4)  # more than any that was measured
+    other = replace(near, bits=3)
+    assert choose(other, device) == rule(other, 100)
+    choose.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a GPU names its architecture")
