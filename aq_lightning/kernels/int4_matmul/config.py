@@ -68,7 +68,7 @@ def choose(product: Product, device: torch.device) -> Config:
 
 
 def rule(product: Product, processors: int) -> Config:
-    """Blocks of 64 rows, enough for every processor, that any GPU since Ampere can hold; many tokens are left to torch."""
+    """Blocks of 64 rows, enough for all processors, that fit any GPU since Ampere; many tokens are left to torch."""
     if product.tokens >= 256 and product.activation_bits == 16:
         return Config(dequantize=True)
     tokens = min(64, max(8, 1 << max(product.tokens - 1, 0).bit_length()))
