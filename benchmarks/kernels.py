@@ -61,7 +61,8 @@ def tune(given: argparse.Namespace, began: float) -> None:
     kind = given.bits, 16 if given.activation_bits == 16 else 8
     products = [Product(t, *shape, *kind) for t in TUNED if t in given.tokens for shape in given.shapes]
     wanted = {compiled(config) for product in products for config in candidates(product)}
-    good = compile_all(sorted(wanted, key=str), products[0], given.seconds / 3)
+    early = {replace(min(wanted, key=str), overlap=True)} if kind[1] == 16 and given.overlap else set()
+    good = compile_all(sorted(wanted | early, key=str), products[0], given.seconds / 3)
     print(f"{len(good)} of {len(wanted)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)
     path = given.table or own_table(architecture(torch.device("cuda", 0)))
     operands = {shape: [] for shape in given.shapes}
@@ -78,7 +79,7 @@ def tune(given: argparse.Namespace, began: float) -> None:
                 for _ in range(copies(first.words.nbytes) - 1)
             ]
         configs = [config for config in candidates(product) if compiled(config) in good]
-        found = fastest(product, operands[shape], configs, left / (len(products) - number))
+        found = fastest(product, operands[shape], configs, left / (len(products) - number), bool(early & good))
         if found:
             merge(path, product, found[0])
             record(given, {"tuned": vars(product), "config": vars(found[0]), "us": found[1], "tried": len(configs)})
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=lambda text: tuple(map(int, text.split("x"))))
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="try starting early")
     parser.add_argument("--table", type=Path, help="where --tune writes; default: this machine's own")
     parser.add_argument("--out", type=Path, default=Path("kernels.jsonl"), help="every result, a line each")
     given = parser.parse_args()

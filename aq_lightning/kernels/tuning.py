@@ -179,7 +179,7 @@ def _elapsed(graph: torch.cuda.CUDAGraph, repetitions: int) -> float:
 
 
 def fastest(
-    product: Product, weights: Sequence[Operands], configs: Sequence[Config], seconds: float
+    product: Product, weights: Sequence[Operands], configs: Sequence[Config], seconds: float, overlap: bool
 ) -> tuple[Config, float] | None:
     """The fastest configuration of a product and its microseconds, among those measured in time and right.
 
@@ -188,6 +188,7 @@ def fastest(
         weights: copies enough to be cold (:data:`COLD`).
         configs: what to measure, likeliest first.
         seconds: for all.
+        overlap: whether to try starting early, too, with the fastest two.
     """
     ends = time.monotonic() + seconds
     x = torch.randn(product.tokens, product.columns, device="cuda").half()
@@ -204,6 +205,8 @@ def fastest(
         if error(product, x, weights[0], config, expected) < _WRONG:
             times[config] = measured(config, 1.0, 3)
     best = sorted(times, key=times.__getitem__)[:_CLOSE]
+    early = [replace(config, overlap=True) for config in best[:2] if overlap and not config.dequantize]
+    best += [config for config in early if error(product, x, weights[0], config, expected) < _WRONG]
     again = {config: measured(config, 5.0, 5) for config in best}
     return min(again.items(), key=lambda item: item[1]) if again else None
 

@@ -35,6 +35,8 @@ class Config:
     """Warps of a block."""
     scaled: bool = False
     """Whether scales meet the weight rather than sums of a group."""
+    overlap: bool = False
+    """Whether it starts before the kernel ahead has ended; Hopper."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aq_lightning.kernels.int4_matmul.config import Config
+from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.unpack import common, operand, plane, start
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands, tiling
@@ -68,7 +69,7 @@ def _int4_matmul_kernel(
     BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
 
@@ -82,11 +83,14 @@ def _int4_matmul_kernel(
     o_tile = tl.minimum(o_n // 64, (N - 1) // 64)  # rows behind the last tile read it again; nothing of theirs is kept
     p_w = words + (o_tile * (spans * PLANES * 64 * CHUNK) + (o_n % 64) * CHUNK)[:, None] + o_c[None, :]
     p_x = x + o_m[None, :].to(tl.int64) * K + o_c[:, None]
+    first, last = i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL))
+    if OVERLAP:
+        start_early(words, first * UNROLL, tl.minimum(last * UNROLL, spans), spans, N, R, CHUNK, PLANES * 64 * CHUNK)
     b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if GROUP == 0:
         b_s, b_z = grid_of_rows(scales + o_n, m_n)
     b_y = tl.zeros([R, T], tl.float32)
-    for i_step in tl.range(i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL)), num_stages=STAGES):
+    for i_step in tl.range(first, last, num_stages=STAGES):
         for begin in tl.static_range(0, STEP, SAME):
             if GROUP != 0:
                 i_group = (i_step * STEP + begin) // GROUP
@@ -94,9 +98,7 @@ def _int4_matmul_kernel(
                 b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
             b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
             for chunk in tl.static_range(begin, begin + SAME):
-                i_span = i_step * UNROLL + chunk // CODES
-                if UNROLL > 1:
-                    i_span = tl.minimum(i_span, spans - 1)
+                i_span = tl.minimum(i_step * UNROLL + chunk // CODES, spans - 1)
                 p_tile = p_w + i_span * (PLANES * 64 * CHUNK)
                 o_k = (i_step * STEP + chunk) * CHUNK
                 m_x = m_m[None, :] & (o_k + o_c < K)[:, None] if RAGGED else m_m[None, :]
@@ -164,7 +166,8 @@ def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config
         tokens, rows, columns, weight.words.shape[1], steps, config.splits,
         **_constants(weight, columns, x.dtype), HAS_BIAS=bias is not None, RAGGED=columns % step != 0,
         R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1, STAGES=config.stages,
-        SCALED=config.scaled and weight.scales.shape[0] > 1, num_warps=config.warps, num_stages=config.stages,
+        SCALED=config.scaled and weight.scales.shape[0] > 1, OVERLAP=config.overlap,
+        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
     )  # fmt: skip
     return y
 

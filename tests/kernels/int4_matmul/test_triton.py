@@ -213,3 +213,58 @@ def test_a_graph_replays_the_product() -> None:
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="programmatic dependent launch, since Hopper"
+)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_starting_early_waits_for_what_it_reads(splits: int, rows: int) -> None:
+    from aq_lightning.kernels.int4_matmul import triton
+
+    weights = [operands(random_weight(1024, 1024, 4, 128, False)) for _ in range(4)]
+    x = torch.randn(3, 1024, device=DEVICE).half()
+
+    def chain(config: Config) -> Tensor:
+        y = x
+        for weight in weights * 8:
+            y = triton.int4_matmul(torch.nn.functional.rms_norm(y, (1024,)) if splits == 1 else y, weight, None, config)
+            y = y if splits == 1 else y * 0.1
+        return y
+
+    config = Config(rows, 8, splits=splits)
+    expected = chain(config)
+    chain(replace(config, overlap=True))  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(replace(config, overlap=True))
+        y = chain(replace(config, overlap=True)) + 0 * y
+    for _ in range(20):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="programmatic dependent launch, since Hopper"
+)
+def test_products_that_start_early_one_behind_the_other() -> None:
+    from aq_lightning.kernels.int4_matmul import triton
+
+    weight = random_weight(1024, 1024, 4, 128, True)
+    weight.scale.mul_(0.25)  # the chain neither grows nor fades
+    packed = operands(weight)
+    x = torch.randn(3, 1024, device=DEVICE).half()
+
+    def chain(config: Config) -> Tensor:
+        y = x
+        for _ in range(12):
+            y = triton.int4_matmul(y, packed, None, config)
+        return y
+
+    config = Config(32, 8, splits=2, warps=2)
+    expected = chain(config)
+    assert expected.isfinite().all() and expected.abs().max() > 0
+    for _ in range(20):
+        assert torch.equal(chain(replace(config, overlap=True)), expected)
