@@ -1,0 +1,186 @@
+"""Integer activations times packed weights: bytes of two or four codes are operands of integer tensor cores in place.
+
+The bytes of a plane of words are one operand [R, 2 · chunk] for every code that a byte holds, and the activations are
+quantized into the order in which those codes lie: byte ``e = 2 c + h`` of code j is column
+``chunk · (h · per + j) + c`` of its tile, with ``per`` codes in a byte. Sums are exact in int32, over a group or, where
+a row has one scale, over all columns; scales of the weight, then those of the tokens, meet them in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aq_lightning.kernels.int4_matmul.config import Config
+from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
+from aq_lightning.kernels.int4_matmul.unpack import common
+from aq_lightning.kernels.int4_matmul.workspace import counters
+from aq_lightning.kernels.packed import Operands
+
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
+_BLOCK = 4096  # columns of a token that a program quantizes at once
+
+
+@triton.jit
+def _quantize_kernel(
+    x, codes, scale, K, WIDTH, HALF: tl.constexpr, CHUNK: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One token: its scale, and its integers from ``−HALF`` to ``HALF − 1`` in the order of the weight's bytes."""
+    i_m = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    b_max = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, K, BLOCK):
+        b_x = tl.load(x + i_m * K + begin + o, mask=begin + o < K, other=0.0).to(tl.float32)
+        b_max = tl.maximum(b_max, tl.abs(b_x), propagate_nan=tl.PropagateNan.ALL)
+    b_s = tl.div_rn(tl.max(b_max, axis=0), HALF - 0.5)
+    b_s = tl.where(b_s == 0.0, 1.1754943508222875e-38, b_s)  # the smallest normal step: codes of zeros are zero
+    tl.store(scale + i_m, b_s)
+    for begin in range(0, WIDTH, BLOCK):
+        o_p = begin + o
+        o_e = o_p % (2 * CHUNK)
+        o_code = (o_e % 2) * PER + o_p // (2 * CHUNK) % PER
+        o_k = o_p // (2 * CHUNK * PER) * (2 * CHUNK * PER) + o_code * CHUNK + o_e // 2
+        b_x = tl.load(x + i_m * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        b_u = (tl.div_rn(b_x, b_s) + _MAGIC) - _MAGIC
+        b_u = tl.minimum(tl.maximum(b_u, -HALF), HALF - 1.0)
+        tl.store(codes + i_m * WIDTH + o_p, b_u.to(tl.int8), mask=o_p < WIDTH)
+
+
+@triton.constexpr_function
+def instructions(bits, code, half):
+    """PTX: (four bytes, zero point four times) → code − zero point four times; with a half, only bytes 2c + half."""
+    mask = (2**bits - 1) * 0x01010101
+    kept = 0xFFFFFFFF if half < 0 else 0x00FF00FF << 8 * half
+    return f"""{{ .reg .b32 t; shr.u32 t, $1, {bits * code};
+        lop3.b32 t, t, {mask}, 0x80808080, 0xEA;
+        sub.u32 t, t, $2;
+        lop3.b32 $0, t, 0x80808080, {kept}, 0x28; }}"""
+
+
+@triton.jit
+def _operand(b_bytes, b_z, BITS: tl.constexpr, CODE: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Code minus zero point, int8 [R, 2 · chunk]; where HALF is 0 or 1, zero in the bytes of the other half."""
+    b_z = tl.broadcast_to(b_z.to(tl.int8)[:, None], b_bytes.shape)
+    if ASSEMBLY:
+        asm: tl.constexpr = instructions(BITS, CODE, HALF)
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [b_bytes, b_z], tl.int8, True, 4)
+    else:
+        b_u = ((b_bytes.to(tl.int32) >> (BITS * CODE)) & (2**BITS - 1)) - b_z.to(tl.int32)
+        if HALF >= 0:
+            o_e = tl.arange(0, b_bytes.shape[1])
+            b_u = tl.where((o_e % 2 == HALF)[None, :], b_u, 0)
+        return b_u.to(tl.int8)
+
+
+@triton.jit
+def _store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Stores sums [R, T], scaled by tokens (and rows), as Y."""
+    if ROW_SCALE:
+        b_y = b_y * b_s[:, None]
+    b_y = b_y * tl.load(scale + o_m, mask=o_m < M, other=0.0)[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+    p_y = y + o_m[None, :].to(tl.int64) * N + o_n[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "spans", "steps", "splits"])
+def _int4_int8_matmul_kernel(
+    x, scale, words, scales, bias, y, partial, counter,
+    M, N, K, WIDTH, spans, steps, splits,
+    BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """A tile [R, T] of Yᵀ over ``steps`` steps of UNROLL tiles of columns. GROUP: chunks that share a scale, 0: all."""
+    BYTES: tl.constexpr = 2 * CHUNK
+    PER: tl.constexpr = 8 // BITS
+    CODES: tl.constexpr = 2 * PER
+    SAME: tl.constexpr = common(GROUP, CODES)  # codes of a string that share a scale
+    i_m, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n, o_m, o_e = i_n * R + tl.arange(0, R), i_m * T + tl.arange(0, T), tl.arange(0, BYTES)
+    o_tile = tl.minimum(o_n // 64, (N - 1) // 64)
+    p_w = words + (o_tile * (spans * 64 * BYTES) + (o_n % 64) * BYTES)[:, None] + o_e[None, :]
+    p_x = x + o_m[None, :].to(tl.int64) * WIDTH + o_e[:, None]
+    b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    if GROUP == 0:
+        b_s, b_z = grid_of_rows(scales + o_n, o_n < N)
+    b_y = tl.zeros([R, T], tl.int32 if GROUP == 0 else tl.float32)
+    for i_step in tl.range(i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL)), num_stages=STAGES):
+        for begin in tl.static_range(0, UNROLL * CODES, SAME):
+            i_span = i_step * UNROLL + begin // CODES
+            i_tile = tl.minimum(i_span, spans - 1) if UNROLL > 1 else i_span
+            if GROUP != 0:
+                i_group = (i_span * CODES + begin % CODES) // GROUP
+                b_s, b_z = grid_of_rows(
+                    scales + i_group * N + o_n, (o_n < N) & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
+                )
+            b_sum = b_y if GROUP == 0 else tl.zeros([R, T], tl.int32)
+            for code in tl.static_range(begin % CODES % PER, begin % CODES % PER + (PER if SAME == CODES else SAME)):
+                b_bytes = tl.load(p_w + i_tile * (64 * BYTES))
+                b_x = tl.load(p_x + (i_span * PER + code) * BYTES, mask=(o_m < M)[None, :], other=0)
+                b_w = _operand(b_bytes, b_z, BITS, code, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY)
+                b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
+            b_y = b_sum if GROUP == 0 else b_y + b_sum.to(tl.float32) * b_s[:, None]
+    b_y = b_y.to(tl.float32)
+    if not SPLIT:
+        _store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+    else:
+        i_part = i_n * tl.num_programs(0) + i_m
+        p_partial = partial + i_part.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
+        p_partial += tl.arange(0, T)[None, :]
+        tl.store(p_partial + i_k * (R * T), b_y)
+        if last_of(counter + i_part, splits):
+            b_all = tl.zeros([R, T], tl.float32)
+            for split in range(splits):
+                b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
+            _store(b_all, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+
+
+def quantize(x: Tensor, bits: int, weight: Operands, width: int) -> tuple[Tensor, Tensor]:
+    """The activations' integers in the order of the weight's bytes, int8 (M, width), and scales, float32 (M)."""
+    tokens, columns = x.shape
+    codes, scale = x.new_empty(tokens, width, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _quantize_kernel[(tokens,)](
+        x, codes, scale, columns, width,
+        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return codes, scale
+
+
+def int4_int8_matmul(x: Tensor, weight: Operands, bits: int, bias: Tensor | None, config: Config) -> Tensor:
+    """As :func:`naive.int4_int8_matmul`, with blocks of the given sizes.
+
+    Args:
+        x: float16 or bfloat16 (M, K), contiguous.
+        weight: the packed tensors, of 2 or 4 bits.
+        bits: of the activations.
+        bias: (N); None: none.
+        config: how to cut the work; neither ``scaled`` nor ``dequantize`` matters.
+    """
+    steps = triton.cdiv(x.shape[1], config.unroll * weight.span)
+    codes, scale = quantize(x, bits, weight, steps * config.unroll * weight.span)
+    return multiply(codes, scale, weight, bias, config, x)
+
+
+def multiply(codes: Tensor, scale: Tensor, weight: Operands, bias: Tensor | None, config: Config, x: Tensor) -> Tensor:
+    """The product of what :func:`quantize` made of x, (M, N) in the dtype of x."""
+    (tokens, columns), (groups, rows), chunk = x.shape, weight.scales.shape, weight.words.shape[4]
+    steps = triton.cdiv(codes.shape[1] // (config.unroll * weight.span), config.splits)
+    grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
+    y, partial, count = x.new_empty(tokens, rows), None, None
+    if config.splits > 1:
+        partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
+        count = counters(x.device, grid[0] * grid[1])
+    _int4_int8_matmul_kernel[grid](
+        codes, scale, weight.words.view(torch.int8), weight.scales, bias, y, partial, count,
+        tokens, rows, columns, codes.shape[1], weight.words.shape[1], steps, config.splits,
+        BITS=weight.bits, CHUNK=chunk, GROUP=0 if groups == 1 else columns // groups // chunk,
+        HAS_BIAS=bias is not None, R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1,
+        STAGES=config.stages, ASSEMBLY=x.is_cuda and torch.version.cuda is not None,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,197 @@
+"""The product with a packed weight on a GPU: words are unpacked in the registers from which tensor cores read them.
+
+``Yᵀ = Ŵ Xᵀ``: the weight is the left operand of every product and tokens are the narrow right one. Groups are summed in
+float32 and scaled there, or the weight is scaled before the product where tokens are many. Blocks that share rows and
+tokens but not columns leave their sums in a workspace; whichever comes last adds them up, always in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aq_lightning.kernels.int4_matmul.config import Config
+from aq_lightning.kernels.int4_matmul.overlap import start_early
+from aq_lightning.kernels.int4_matmul.unpack import common, operand, plane, start
+from aq_lightning.kernels.int4_matmul.workspace import counters
+from aq_lightning.kernels.packed import Operands, tiling
+
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit
+def grid_of_rows(p_scales, m):
+    """Scales and zero points of rows, float32 [R]; 0 where masked."""
+    b_word = tl.load(p_scales, mask=m, other=0)
+    return (b_word & -256).to(tl.float32, bitcast=True), (b_word & 255).to(tl.float32)
+
+
+@triton.jit
+def _weight(
+    p_tile, b_z, b_s,
+    BITS: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One chunk of columns of a tile, [R, CHUNK]."""
+    b_w = tl.load(p_tile + plane(BITS, CODE) * (64 * CHUNK))
+    b_next = b_w
+    if start(BITS, CODE) + BITS > 16:
+        b_next = tl.load(p_tile + (plane(BITS, CODE) + 1) * (64 * CHUNK))
+    return operand(b_w, b_next, b_z, b_s, BITS, CODE, DTYPE, SCALED, ASSEMBLY)
+
+
+@triton.jit
+def last_of(counter, splits):
+    """Whether this block is the last of ``splits`` to come here; the counter is 0 again after that."""
+    tl.debug_barrier()  # every thread's stores come before the count
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
+    tl.store(counter, 0, mask=last)
+    return last
+
+
+@triton.jit
+def _finish(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Stores a tile of Yᵀ, [R, T], as Y."""
+    if ROW_SCALE:
+        b_y = b_y * b_s[:, None]
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+    p_y = y + o_m[None, :].to(tl.int64) * N + o_n[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "spans", "steps", "splits"])
+def _int4_matmul_kernel(
+    x, words, scales, bias, y, partial, counter,
+    M, N, K, spans, steps, splits,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
+
+    GROUP: chunks that share a scale, 0 if a whole row does. SCALED: scales meet the weight, not the sums.
+    """
+    STEP: tl.constexpr = UNROLL * CODES  # chunks
+    SAME: tl.constexpr = common(GROUP, STEP)  # chunks of a step that share a scale
+    i_m, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n, o_m, o_c = i_n * R + tl.arange(0, R), i_m * T + tl.arange(0, T), tl.arange(0, CHUNK)
+    m_n, m_m = o_n < N, o_m < M
+    o_tile = tl.minimum(o_n // 64, (N - 1) // 64)  # rows behind the last tile read it again; nothing of theirs is kept
+    p_w = words + (o_tile * (spans * PLANES * 64 * CHUNK) + (o_n % 64) * CHUNK)[:, None] + o_c[None, :]
+    p_x = x + o_m[None, :].to(tl.int64) * K + o_c[:, None]
+    first, last = i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL))
+    if OVERLAP:
+        start_early(words, first * UNROLL, tl.minimum(last * UNROLL, spans), spans, N, R, CHUNK, PLANES * 64 * CHUNK)
+    b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    if GROUP == 0:
+        b_s, b_z = grid_of_rows(scales + o_n, m_n)
+    b_y = tl.zeros([R, T], tl.float32)
+    for i_step in tl.range(first, last, num_stages=STAGES):
+        for begin in tl.static_range(0, STEP, SAME):
+            if GROUP != 0:
+                i_group = (i_step * STEP + begin) // GROUP
+                m_s = m_n & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
+                b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
+            b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
+            for chunk in tl.static_range(begin, begin + SAME):
+                i_span = tl.minimum(i_step * UNROLL + chunk // CODES, spans - 1)
+                p_tile = p_w + i_span * (PLANES * 64 * CHUNK)
+                o_k = (i_step * STEP + chunk) * CHUNK
+                m_x = m_m[None, :] & (o_k + o_c < K)[:, None] if RAGGED else m_m[None, :]
+                b_x = tl.load(p_x + o_k, mask=m_x, other=0.0)  # [CHUNK, T]
+                b_w = _weight(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
+                b_sum = tl.dot(b_w, b_x, b_sum)
+            b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
+    if not SPLIT:
+        _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+    else:
+        i_tile = i_n * tl.num_programs(0) + i_m
+        p_partial = partial + i_tile.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
+        p_partial += tl.arange(0, T)[None, :]
+        tl.store(p_partial + i_k * (R * T), b_y)
+        if last_of(counter + i_tile, splits):
+            b_all = tl.zeros([R, T], tl.float32)
+            for split in range(splits):
+                b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
+            _finish(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+
+
+@triton.jit
+def _dequantize_kernel(
+    words, scales, weight, N, K, spans,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One tile of Ŵ."""
+    i_span, i_tile = tl.program_id(0), tl.program_id(1)
+    o_n, o_c = i_tile * 64 + tl.arange(0, 64), tl.arange(0, CHUNK)
+    o_w = (i_tile * spans + i_span) * (PLANES * 64 * CHUNK)
+    p_tile = words + o_w + (tl.arange(0, 64) * CHUNK)[:, None] + o_c[None, :]
+    p_y = weight + o_n[:, None].to(tl.int64) * K + o_c[None, :]
+    for code in tl.static_range(CODES):
+        o_k = (i_span * CODES + code) * CHUNK
+        i_group = 0 if GROUP == 0 else o_k // (GROUP * CHUNK)
+        m_s = (o_n < N) & (tl.full([64], o_k, tl.int32) < K)
+        b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
+        b_w = _weight(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, True, ASSEMBLY)
+        tl.store(p_y + o_k, b_w, mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
+
+
+def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config, out: Tensor | None = None) -> Tensor:
+    """As :func:`naive.int4_matmul`, with blocks of the given sizes.
+
+    Args:
+        x: float16 or bfloat16 (M, K), contiguous.
+        weight: the packed tensors.
+        bias: (N); None: none.
+        config: how to cut the work.
+    """
+    (tokens, columns), rows = x.shape, weight.scales.shape[1]
+    if config.dequantize:
+        bias = bias if bias is None else bias.to(x)
+        return torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias)
+    step = config.unroll * weight.span
+    steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
+    grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
+    y, partial, count = x.new_empty(tokens, rows), None, None
+    if config.splits > 1:
+        partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
+        count = counters(x.device, grid[0] * grid[1])
+    _int4_matmul_kernel[grid](
+        x, weight.words, weight.scales, bias, y, partial, count,
+        tokens, rows, columns, weight.words.shape[1], steps, config.splits,
+        **_constants(weight, columns, x.dtype), HAS_BIAS=bias is not None, RAGGED=columns % step != 0,
+        R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1, STAGES=config.stages,
+        SCALED=config.scaled and weight.scales.shape[0] > 1, OVERLAP=config.overlap,
+        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
+    )  # fmt: skip
+    return y
+
+
+def dequantize(weight: Operands, columns: int, dtype: torch.dtype) -> Tensor:
+    """Ŵ, (N, K) in ``dtype``: the exact value rounded once."""
+    out = torch.empty(weight.scales.shape[1], columns, dtype=dtype, device=weight.words.device)
+    down, across = weight.words.shape[:2]
+    _dequantize_kernel[(across, down)](
+        weight.words, weight.scales, out, *out.shape, across, **_constants(weight, columns, dtype),
+    )  # fmt: skip
+    return out
+
+
+def _constants(weight: Operands, columns: int, dtype: torch.dtype) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    codes, planes = tiling(weight.bits)
+    groups, chunk = weight.scales.shape[0], weight.words.shape[4]
+    return {
+        "BITS": weight.bits,
+        "PLANES": planes,
+        "CODES": codes,
+        "CHUNK": chunk,
+        "GROUP": 0 if groups == 1 else columns // groups // chunk,
+        "DTYPE": _DTYPES[dtype],
+        "ASSEMBLY": weight.words.is_cuda and torch.version.cuda is not None,
+    }

@@ -1,0 +1,118 @@
+"""Quantized activations times packed weights: the operator, and the kernels against the plain path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from quantized import BFLOAT16, DEVICE, fresh_memory_is_nan, operands, random_weight
+from torch import Tensor
+
+from aq_lightning.errors import RequestError
+from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul, naive
+from aq_lightning.kernels.int4_matmul.config import Config
+from aq_lightning.kernels.packed import Operands
+from aq_lightning.quantizers.activations import quantize_tokens
+from aq_lightning.scheme import Grid
+
+ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch):
+    """The kernels' answer, written over NaN: (x, weight, bits, bias, config) → y."""
+
+    def run(x: Tensor, weight: Operands, bits: int, bias: Tensor | None, config: Config) -> Tensor:
+        from aq_lightning.kernels.int4_int8_matmul import triton
+
+        with fresh_memory_is_nan(monkeypatch):
+            return triton.int4_int8_matmul(x, weight, bits, bias, config)
+
+    return run
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_activations_are_rounded_as_in_training(bits: int) -> None:
+    x = torch.randn(5, 96)
+    x[1], x[2, 0] = 0.0, 50.0
+    assert torch.equal(naive.fake_quantize(x, bits), quantize_tokens(x, Grid(bits, symmetric=True)))
+    assert torch.equal(naive.fake_quantize(x.half(), bits), quantize_tokens(x.half(), Grid(bits, symmetric=True)))
+
+
+@pytest.mark.parametrize("size", [32, None])
+def test_the_plain_path_is_the_product_of_rounded_activations(size: int | None) -> None:
+    weight = random_weight(70, 96, 4, size, False)
+    x, bias = torch.randn(2, 3, 96), torch.randn(70)
+    rounded = quantize_tokens(x, Grid(8, symmetric=True))
+    expected = torch.nn.functional.linear(rounded.double(), weight.dequantize(torch.float64), bias.double())
+    packed = Operands(*(t.cpu() for t in operands(weight)[:2]), 4)
+    assert_close("y", expected, int4_int8_matmul(x, *packed, 8, bias), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_sees_one_operator() -> None:
+    packed = Operands(*(t.cpu() for t in operands(random_weight(20, 64, 4, 32, False))[:2]), 4)
+    tests = ("test_schema", "test_faketensor")
+    arguments = (torch.randn(3, 64).half(), *packed, 8, torch.randn(20))
+    torch.library.opcheck(int4_int8_matmul, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16])
+def test_widths_of_activations_are_checked(bits: int) -> None:
+    packed = Operands(*(t.cpu() for t in operands(random_weight(20, 64, 4, 32, False))[:2]), 4)
+    with pytest.raises(RequestError, match=f"have 2 to 8 bits here, got {bits}"):
+        int4_int8_matmul(torch.zeros(1, 64), *packed, bits)
+
+
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("columns", "size"), [(300, None), (768, 256), (512, 128), (192, 64), (96, 32), (80, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_the_kernel_equals_the_plain_path(activation_bits, bits, columns, size, dtype, answer) -> None:
+    weight = random_weight(70, columns, bits, size, False, dtype)
+    x, bias = torch.randn(5, columns, device=DEVICE).to(dtype), torch.randn(70, device=DEVICE).to(dtype)
+    packed = operands(weight)
+    expected = naive.int4_int8_matmul(x.float(), *packed, activation_bits, bias)
+    for config in (Config(32, 8), Config(64, 16, splits=2), Config(16, 8, unroll=2, warps=1)):
+        assert_close(str(config), expected, answer(x, packed, activation_bits, bias, config), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_become_the_same_integers(bits: int) -> None:
+    from aq_lightning.kernels.int4_int8_matmul import triton
+
+    weight = operands(random_weight(64, 256, 4, 128, False))
+    x = torch.randn(4, 256, device=DEVICE).half()
+    x[1], x[2, 3] = 0.0, 60000.0
+    codes, scale = triton.quantize(x, bits, weight, 256)
+    expected, steps = naive.quantize(x, bits)
+    assert torch.equal(scale[:, None], steps)
+    assert torch.equal(codes.sort(1).values, expected.sort(1).values)  # the order is the product's affair
+
+
+def test_the_same_bits_every_time(answer) -> None:
+    packed = operands(random_weight(70, 768, 4, 128, False))
+    x = torch.randn(5, 768, device=DEVICE).half()
+    first = answer(x, packed, 8, None, Config(32, 8, splits=3))
+    for _ in range(3):
+        assert torch.equal(answer(x, packed, 8, None, Config(32, 8, splits=3)), first)
+
+
+def test_zero_points_at_both_ends_are_exact(answer) -> None:
+    weight = random_weight(64, 256, 4, None, False)
+    weight.codes[:32], weight.zero[:32] = 15, 0
+    weight.codes[32:], weight.zero[32:] = 0, 15
+    weight.scale.fill_(1.0)
+    x = torch.full((2, 256), 0.5, device=DEVICE).half()
+    y = answer(x, operands(weight), 8, None, Config(64, 8))
+    expected = 15 * 256 * 0.5 * torch.cat([torch.ones(32), -torch.ones(32)]).to(y)
+    assert_close("sums", expected.expand_as(y).float(), y.float(), 1e-3 + 1 / 255)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the plain path answers on the CPU")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_on_a_gpu(bits: int) -> None:
+    packed = operands(random_weight(70, 256, bits, 128, False))
+    x = torch.randn(3, 2, 256, device=DEVICE).half()
+    y, expected = int4_int8_matmul(x, *packed, 8), naive.int4_int8_matmul(x.float(), *packed, 8)
+    assert_close("y", expected, y, 2e-3)
