@@ -16,10 +16,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from aq_lightning import deploy
 from aq_lightning.calibration import Cause, RunDirectory
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
+from aq_lightning.deploy.prompts import Prompts
 from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import Row, check_reference, render, render_scores
@@ -48,7 +50,7 @@ _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option wo
 
 
 class CommandLine(LightningCLI):
-    """``fit`` calibrates a model, ``test`` scores one.
+    """``fit`` calibrates a model, ``test`` scores one, ``predict`` lets one speak.
 
     A fresh Trainer made from the ``trainer:`` section serves each window of blocks, with the same callbacks and
     loggers throughout.
@@ -63,7 +65,12 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": {**_PARSER, "scores": True}},
+            parser_kwargs={
+                **_PARSER,
+                "fit": {**_PARSER, "guards": True},
+                "test": {**_PARSER, "scores": True},
+                "predict": {**_PARSER, "prompts": True},
+            },
         )
 
     @staticmethod
@@ -73,16 +80,21 @@ class CommandLine(LightningCLI):
         return {
             "fit": {*internal, "train_dataloaders", "val_dataloaders"},
             "test": {*internal, "dataloaders", "verbose"},
+            "predict": {*internal, "dataloaders", "return_predictions"},
         }
 
-    def init_parser(self, guards: bool = False, scores: bool = False, **options: object) -> LightningArgumentParser:
+    def init_parser(
+        self, guards: bool = False, scores: bool = False, prompts: bool = False, **options: object
+    ) -> LightningArgumentParser:
         """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too, that of `test` a
-        :class:`Scorecard`."""
+        :class:`Scorecard`, that of `predict` :class:`Prompts`."""
         parser = super().init_parser(**options)
         if guards:
             parser.add_class_arguments(Guards, as_group=False)
         if scores:
             Scorecard.add_to(parser)
+        if prompts:
+            parser.add_class_arguments(Prompts, as_group=False)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -165,6 +177,14 @@ class CommandLine(LightningCLI):
             out.mkdir(parents=True, exist_ok=True)
             (out / "test.json").write_text(json.dumps(as_data(table), indent=2))
         print(render_scores(table))
+
+    def predict(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+        """Answers ``--prompt``, or every line of ``--prompts``, with ``--model.pretrained``, quantized or not."""
+        prompts = Prompts(**{field.name: self._section[field.name] for field in fields(Prompts)})
+        prompts.read()
+        loaded = deploy.load(model.pretrained, self.trainer.strategy.root_device, model.trust_remote_code)
+        for text in prompts.answers(deploy.Generator(*loaded)):
+            print(text, end="", flush=True)
 
     def _calibrate(
         self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import tiny_llama, word_tokenizer
+from helpers import assert_close, tiny_llama, word_tokenizer
 from tiny import MODELS, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from aq_lightning import deploy
 from aq_lightning.deploy.decoding import Decoder, Sampling, Shape
 from aq_lightning.deploy.generation import Generator, Limits, _Answer
 from aq_lightning.errors import RequestError
@@ -158,3 +162,18 @@ def test_recorded_steps_answer_the_same() -> None:
         assert all(
             map(torch.equal, plain.stream(prompt, None, 16, Sampling()), recorded.stream(prompt, None, 16, Sampling()))
         )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels on a GPU")
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16g32sym", "w4a8sym"])
+@torch.no_grad()
+def test_packed_models_on_a_gpu(checkpoint: Callable[..., Path], scheme: str) -> None:
+    directory = checkpoint(scheme, online=True)
+    model, tokenizer = deploy.load(str(directory), torch.device("cuda"))
+    reference, _ = deploy.load(str(directory), torch.device("cpu"))
+    ids = torch.randint(3, 96, (2, 40))
+    assert_close(
+        "logits", reference(ids).logits, model(ids.cuda()).logits.cpu().float(), 2e-2 if "a16" in scheme else 0.2
+    )
+    recorded, plain = (deploy.Generator(model, tokenizer, recorded=on) for on in (True, False))
+    assert recorded.generate(PROMPTS, Limits(20)) == plain.generate(PROMPTS, Limits(20))
