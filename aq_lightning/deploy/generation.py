@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from aq_lightning.deploy.decoding import Decoder, Sampling, Shape
 from aq_lightning.errors import RequestError
 
 _CACHE_STEP = 256  # tokens: caches grow in steps, so that requests of similar length share recorded steps
+_BOUNDLESS = 2**20  # tokens: where a model's positions have no end
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"  # where a character's bytes are not all there yet
 
 
@@ -63,7 +65,8 @@ class Generator:
         recorded: bool | None = None,
         length: int | None = None,
     ) -> None:
-        self._length = length
+        self._places = getattr(model.config, "max_position_embeddings", None) or _BOUNDLESS
+        self._length = None if length is None else min(length, self._places)
         self.model, self.tokenizer = model.eval(), tokenizer
         devices = {parameter.device for parameter in model.parameters()}
         self._recorded = len(devices) == 1 and model.device.type == "cuda" if recorded is None else recorded
@@ -84,7 +87,7 @@ class Generator:
         """
         rows = [self.encode(prompt) for prompt in prompts]
         ids, mask = _padded(rows)
-        count = self._room(ids.shape[1], limits.max_new_tokens)
+        count = min(self.room(ids.shape[1]), limits.max_new_tokens)
         if limits.seed is not None:
             torch.manual_seed(limits.seed)
         answers = [_Answer(self.tokenizer, self._ends, count) for _ in rows]
@@ -108,18 +111,26 @@ class Generator:
         elif self.tokenizer.chat_template is None:
             raise RequestError("A conversation needs a tokenizer with a chat template, got one without: send a text.")
         else:
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            except TemplateError as error:
+                raise RequestError(f"The model's chat template refuses the conversation: {error}.") from error
         if not ids:
             raise RequestError(f"A prompt has at least one token, got none in {prompt!r}: write something.")
         return ids
 
-    def _room(self, used: int, wanted: int) -> int:
-        """Tokens that an answer may have behind so many."""
-        limits = (self._length, getattr(self.model.config, "max_position_embeddings", None))
-        limit = min((limit for limit in limits if limit is not None), default=used + wanted)
+    def room(self, used: int) -> int:
+        """Tokens that an answer may have behind a prompt of so many.
+
+        Raises:
+            RequestError: none.
+        """
+        limit = self._length or self._places
         if used >= limit:
             raise RequestError(f"Prompt and answer have {limit} tokens together, got a prompt of {used}: shorten it.")
-        return min(wanted, limit - used)
+        return limit - used
 
     def _decoder_of(self, batch: int, needed: int) -> Decoder:
         shape = Shape(batch, self._length or -(-needed // _CACHE_STEP) * _CACHE_STEP)
