@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.deploy.fused import fuse
+from aq_lightning.deploy.linear import Int4Linear
 from aq_lightning.deploy.quantizer import enabled
 from aq_lightning.models.loading import load_config, load_model, load_tokenizer, locate, reading, storage_of
 
@@ -15,7 +16,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model on a device, and its tokenizer: packed if it is quantized, its linears joined.
 
-    On a CPU it computes in float32, on a GPU as it is stored, in float16 if that is float32.
+    On a CPU it computes in float32, with weights expanded; on a GPU as it is stored, in float16 if that is float32.
 
     Args:
         pretrained: directory, hub id or ``embedded``.
@@ -41,4 +42,8 @@ def load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    return fuse(model.eval().requires_grad_(False)), tokenizer
+    model = fuse(model.eval().requires_grad_(False))
+    for module in model.modules() if device.type == "cpu" else ():
+        if isinstance(module, Int4Linear):
+            module.expand()
+    return model, tokenizer

@@ -213,3 +213,13 @@ def test_pipelines(checkpoint: Callable[..., Path]) -> None:
     reference = open_model(str(directory), torch.float32)[0]
     (same,) = pipeline("text-generation", model=reference, tokenizer=speak.tokenizer)("word3 word14 word15", **options)
     assert answer == same and answer["generated_text"].count("word") == 8
+
+
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w4a8"])
+@torch.no_grad()
+def test_opened_for_a_cpu_its_weights_are_expanded(checkpoint: Callable[..., Path], scheme: str) -> None:
+    directory = checkpoint(scheme, online=True)
+    model, _ = deploy.load(str(directory), torch.device("cpu"))
+    assert all("dense" in dict(model.get_submodule(name).named_buffers()) for name in packed_linears(model))
+    assert not [name for name in model.state_dict() if name.endswith("dense")]
+    assert_close(scheme, expected(directory), model(IDS).logits, 1e-6)
