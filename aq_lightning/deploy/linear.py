@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import decompress, of_integers
+from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul
 from aq_lightning.kernels.int4_matmul import int4_matmul
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.kernels.packed import PackedWeight
@@ -90,7 +91,7 @@ class Int4Linear(nn.Linear):
     def unpack(self) -> QTensor:
         """The weight (N, K), to the bit as it was given."""
         shape = (self.out_features, self.in_features)
-        return PackedWeight(self.words, self.scales, self.zeros, self.scheme.weight, shape).unpack()
+        return PackedWeight(self.words, self.scales, self.scheme.weight, self.storage, shape).unpack()
 
     def expand(self) -> None:
         """Keeps the weight in float32 as well, for a CPU, which would otherwise unpack it for every product: a hundred
@@ -99,12 +100,14 @@ class Int4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, N) in the dtype of x."""
-        if self.scheme.activation is not None:
-            x = quantize_tokens(x, self.scheme.activation)
-        dense = self._buffers.get(_DENSE)
+        bits, activation, dense = self.scheme.weight.bits, self.scheme.activation, self._buffers.get(_DENSE)
+        if activation is not None and activation.symmetric and dense is None:
+            return int4_int8_matmul(x, self.words, self.scales, bits, activation.bits, self.bias)
+        if activation is not None:
+            x = quantize_tokens(x, activation)
         if dense is not None:
             return functional.linear(x, dense.to(x.dtype), self.bias)
-        return int4_matmul(x, self.words, self.scales, self.zeros, self.scheme.weight.bits, self.bias)
+        return int4_matmul(x, self.words, self.scales, bits, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
@@ -112,12 +115,4 @@ class Int4Linear(nn.Linear):
     def _hold(self, packed: PackedWeight) -> None:
         self.register_buffer("words", packed.words)
         self.register_buffer("scales", packed.scales)
-        self.register_buffer("zeros", packed.zeros)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        """Scales follow to another device, but never to another dtype: they are part of the weight's definition."""
-        scales = self._buffers.get("scales")
-        super()._apply(fn, recurse)
-        if scales is not None and self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
+        self.storage = packed.storage

@@ -74,7 +74,7 @@ def stored_state(model: PreTrainedModel, scheme: Scheme, layout: Layout) -> dict
     """The tensors of a model with packed linears, joined or not, under the names and in the form of its checkpoint."""
     modules = dict(model.named_modules())
     packed = [path for path, module in modules.items() if isinstance(module, Int4Linear)]
-    held = {f"{path}.{name}" for path in packed for name in ("words", "scales", "zeros", "bias")}
+    held = {f"{path}.{name}" for path in packed for name in ("words", "scales", "bias")}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in held}
     for path, module in modules.items():
         if isinstance(module, Part):

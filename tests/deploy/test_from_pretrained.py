@@ -21,6 +21,7 @@ from aq_lightning.deploy import Int4Linear
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import LAYOUT_NOTE
 from aq_lightning.export.loading import open_model
+from aq_lightning.quantizers.activations import quantize_tokens
 from aq_lightning.transforms.online import carried
 
 pytest.importorskip("compressed_tensors")
@@ -42,6 +43,11 @@ def packed_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]
 
 
+def tolerance(scheme: str) -> float:
+    """Sums have another order, which rounding magnifies: a token's largest activation lies on an edge of its grid."""
+    return 1e-6 if "a16" in scheme else 2e-2 if "a8" in scheme else 0.2
+
+
 @pytest.mark.parametrize(
     "scheme",
     ["w2a16g32", "w3a16g32", "w4a16", "w4a16g32sym", "w8a16", "w4a8", "w4a4g32", "w8a8sym", "w5a16"],
@@ -51,7 +57,19 @@ def test_answers_as_the_dequantized_model(checkpoint: Callable[..., Path], schem
     directory = checkpoint(scheme)
     model = open_packed(directory)
     assert len(packed_linears(model)) == 14 and type(model.lm_head) is nn.Linear
-    assert_close(scheme, expected(directory), model(IDS).logits, 1e-6)
+    assert_close(scheme, expected(directory), model(IDS).logits, tolerance(scheme))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8g32", "w4a4", "w3a8g32", "w8a8sym"])
+@torch.no_grad()
+def test_a_linear_rounds_what_it_reads(checkpoint: Callable[..., Path], scheme: str) -> None:
+    linear = open_packed(checkpoint(scheme, tiny_llama(attention_bias=True))).model.layers[1].self_attn.k_proj
+    x = torch.randn(2, 5, 64)
+    read = quantize_tokens(x, linear.scheme.activation)
+    reference = nn.functional.linear(read, linear.unpack().dequantize(torch.float32), linear.bias)
+    assert_close("packed", reference, linear(x), 1e-6)
+    linear.expand()
+    assert torch.equal(linear(x), reference)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +100,7 @@ def test_online_products_are_included(checkpoint: Callable[..., Path], scheme: s
         deploy.disable()
         model = open_packed(directory)  # such a checkpoint names this package itself
     assert len(list(carried(model))) == 2
-    assert_close(scheme, expected(directory), model(IDS).logits, 1e-6)
+    assert_close(scheme, expected(directory), model(IDS).logits, tolerance(scheme))
     for _, online in carried(model):
         online[0].inverse.copy_(torch.eye(online[0].inverse.shape[-1]))
     assert (model(IDS).logits - expected(directory)).abs().max() > 1e-3, "negative control"
@@ -121,7 +139,7 @@ def test_dense_words_are_read_as_their_header_says(checkpoint: Callable[..., Pat
 
 
 @torch.no_grad()
-def test_scales_keep_their_precision_wherever_the_model_goes(checkpoint: Callable[..., Path]) -> None:
+def test_weights_keep_their_precision_wherever_the_model_goes(checkpoint: Callable[..., Path]) -> None:
     model = open_packed(checkpoint("w4a16g32"))
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("scales")}
     model.to(torch.bfloat16).to("cpu", torch.float32)
@@ -191,7 +209,7 @@ def test_compiles_as_one_graph(checkpoint: Callable[..., Path], scheme: str, onl
     model = deploy.fuse(open_packed(directory))
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     for _ in range(2):  # nothing is left from the first call
-        assert_close("compiled", expected(directory), compiled(IDS, use_cache=False).logits, 1e-6)
+        assert_close("compiled", expected(directory), compiled(IDS, use_cache=False).logits, tolerance(scheme))
 
 
 @torch.no_grad()
