@@ -85,11 +85,12 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         """Makes the model, on the meta device, hold what the files hold."""
-        headers = Headers.read(checkpoint_files or [])
+        whole = model.base_model is not model  # otherwise a model without a head, whose names lack the first part
+        headers = Headers.read(checkpoint_files or [], "" if whole else f"{model.base_model_prefix}.")
         self.quantization_config.layout = headers.layout
         replaced = 0
         for path, linear in list(model.named_modules()):
-            parts = headers.parts(path, model.base_model_prefix)
+            parts = headers.parts(path)
             if isinstance(linear, nn.Linear) and parts:
                 model.set_submodule(path, Int4Linear.expecting(linear, self.quantization_config.scheme, parts))
                 replaced += 1

@@ -33,13 +33,18 @@ class Headers:
     """Names, shapes and dtypes of stored tensors."""
 
     tensors: dict[str, Tensor]
-    """By name, on the meta device."""
+    """By their names in the model, on the meta device."""
     layout: Layout | None
     """How words are filled, where the files say it."""
 
     @staticmethod
-    def read(files: Iterable[str]) -> Headers:
-        """Of the safetensors files given."""
+    def read(files: Iterable[str], prefix: str = "") -> Headers:
+        """Of the safetensors files given.
+
+        Args:
+            files: their paths.
+            prefix: of names in the files, which the model lacks.
+        """
         tensors, layout = {}, None
         for path in files:
             with safe_open(path, framework="pt") as file:
@@ -47,22 +52,14 @@ class Headers:
                 for name in file.keys():
                     part = file.get_slice(name)
                     dtype = _DTYPES.get(part.get_dtype(), torch.float32)  # others are no packed weight's
-                    tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                    tensors[name.removeprefix(prefix)] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
         return Headers(tensors, cast("Layout | None", layout))
 
-    def parts(self, path: str, prefix: str) -> dict[str, Tensor]:
-        """Parts of the quantized weight of the module at ``path``; nothing if its weight is not quantized.
-
-        Args:
-            path: of the module in its model.
-            prefix: that the names of files may have before those of the model's modules.
-        """
-        for root in (path, f"{prefix}.{path}"):
-            names = _PARTS if f"{root}.{_PACKED}" in self.tensors else _INTEGERS
-            found = {name: self.tensors[f"{root}.{name}"] for name in names if f"{root}.{name}" in self.tensors}
-            if len(found) > 1:  # a weight alone is an ordinary one
-                return found
-        return {}
+    def parts(self, path: str) -> dict[str, Tensor]:
+        """Parts of the quantized weight of the module at ``path``; nothing if its weight is not quantized."""
+        names = _PARTS if f"{path}.{_PACKED}" in self.tensors else _INTEGERS
+        found = {name: self.tensors[f"{path}.{name}"] for name in names if f"{path}.{name}" in self.tensors}
+        return found if len(found) > 1 else {}  # a weight alone is an ordinary one
 
     @property
     def packed(self) -> int:

@@ -27,8 +27,9 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
             blocks = torch.eye(width // 2) + 0.05 * torch.randn(2, width // 2, width // 2)
             tensors[f"{path}.online.0.inverse"] = blocks.half()
         fields = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float16"}
-        out = tmp_path / name
-        write(out, fields, [tensors], scheme, **options)
+        out, names, files = tmp_path / name, list(tensors), options.pop("files", 1)
+        shards = [{key: tensors[key] for key in names[first::files]} for first in range(files)]
+        write(out, fields, shards, scheme, **options)
         word_tokenizer().save_pretrained(out)
         return out
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from aq_lightning import deploy
 from aq_lightning.deploy import Int4Linear
@@ -82,6 +82,36 @@ def test_every_kind_of_model(checkpoint: Callable[..., Path], name: str) -> None
     model = open_packed(directory)
     assert_close(name, expected(directory), model(IDS).logits, 1e-6)
     assert_close(f"{name}, joined", expected(directory), deploy.fuse(model)(IDS).logits, 1e-6)
+
+
+@pytest.mark.parametrize("online", [False, True])
+@torch.no_grad()
+def test_several_files(checkpoint: Callable[..., Path], online: bool) -> None:
+    directory = checkpoint("w4a16g32", files=3, online=online)
+    assert len(list(directory.glob("*.safetensors"))) == 3
+    assert_close("sharded", expected(directory), open_packed(directory)(IDS).logits, 1e-6)
+
+
+@torch.no_grad()
+def test_a_model_without_its_head(checkpoint: Callable[..., Path]) -> None:
+    directory = checkpoint("w4a16g32", online=True)
+    headless = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    assert len(packed_linears(headless)) == 14 and len(list(carried(headless))) == 2
+    whole = open_packed(directory)
+    assert torch.equal(headless(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+def test_one_linear_after_another_is_packed(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is held twice but the one at hand."""
+    pack, held = Int4Linear.pack, []
+
+    def watched(self: Int4Linear, layout: object) -> None:
+        pack(self, layout)
+        held.append(sorted(self._buffers))
+
+    monkeypatch.setattr(Int4Linear, "pack", watched)
+    open_packed(checkpoint("w4a16g32"))
+    assert held == [["scales", "words"]] * 14
 
 
 @torch.no_grad()
