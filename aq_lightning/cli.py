@@ -16,7 +16,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from aq_lightning import deploy
 from aq_lightning.calibration import Cause, RunDirectory
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
@@ -47,6 +46,7 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
 }
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
+_OPTIONS = {"fit": Guards, "test": Scorecard, "predict": Prompts}  # subcommand → its own, beside model, data, trainer
 
 
 class CommandLine(LightningCLI):
@@ -65,12 +65,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={
-                **_PARSER,
-                "fit": {**_PARSER, "guards": True},
-                "test": {**_PARSER, "scores": True},
-                "predict": {**_PARSER, "prompts": True},
-            },
+            parser_kwargs=_PARSER | {name: _PARSER | {"options": own} for name, own in _OPTIONS.items()},
         )
 
     @staticmethod
@@ -83,18 +78,13 @@ class CommandLine(LightningCLI):
             "predict": {*internal, "dataloaders", "return_predictions"},
         }
 
-    def init_parser(
-        self, guards: bool = False, scores: bool = False, prompts: bool = False, **options: object
-    ) -> LightningArgumentParser:
-        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too, that of `test` a
-        :class:`Scorecard`, that of `predict` :class:`Prompts`."""
-        parser = super().init_parser(**options)
-        if guards:
-            parser.add_class_arguments(Guards, as_group=False)
-        if scores:
+    def init_parser(self, options: type | None = None, **settings: object) -> LightningArgumentParser:
+        """A parser, which takes the options of its subcommand too."""
+        parser = super().init_parser(**settings)
+        if options is Scorecard:
             Scorecard.add_to(parser)
-        if prompts:
-            parser.add_class_arguments(Prompts, as_group=False)
+        elif options is not None:
+            parser.add_class_arguments(options, as_group=False)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -181,9 +171,7 @@ class CommandLine(LightningCLI):
     def predict(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         """Answers ``--prompt``, or every line of ``--prompts``, with ``--model.pretrained``, quantized or not."""
         prompts = Prompts(**{field.name: self._section[field.name] for field in fields(Prompts)})
-        prompts.read()
-        loaded = deploy.load(model.pretrained, self.trainer.strategy.root_device, model.trust_remote_code)
-        for text in prompts.answers(deploy.Generator(*loaded)):
+        for text in prompts.answers(model.pretrained, self.trainer.strategy.root_device, model.trust_remote_code):
             print(text, end="", flush=True)
 
     def _calibrate(

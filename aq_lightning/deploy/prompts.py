@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aq_lightning.deploy.decoding import Sampling
 from aq_lightning.deploy.generation import Generator, Limits
+from aq_lightning.deploy.loading import load
 from aq_lightning.errors import RequestError
 
 
@@ -45,7 +48,7 @@ class Prompts:
         return Limits(self.max_new_tokens, Sampling(self.temperature, self.top_p))
 
     def read(self) -> list[str]:
-        """The prompts, before any model is loaded.
+        """The prompts.
 
         Raises:
             RequestError: neither a prompt nor a file, both, or a file that cannot be read or says nothing.
@@ -65,10 +68,17 @@ class Prompts:
             raise RequestError(f"A file of prompts has one a line, got none in {self.prompts!r}: write some.")
         return found
 
-    def answers(self, generator: Generator) -> Iterator[str]:
-        """What is printed, piece by piece."""
-        texts = self.read()
+    def answers(self, pretrained: str, device: torch.device, trust_remote_code: bool = False) -> Iterator[str]:
+        """What is printed, piece by piece.
+
+        Args:
+            pretrained: the model, as :func:`~aq_lightning.deploy.loading.load` takes it.
+            device: where it shall run.
+            trust_remote_code: whether code from the hub may run.
+        """
+        texts = self.read()  # before any model is loaded
         asked = [self._asked(text) for text in texts]
+        generator = Generator(*load(pretrained, device, trust_remote_code))
         if self.prompts is None:
             for (piece,) in generator.stream(asked, self.limits):
                 yield piece.text if piece else ""
