@@ -22,6 +22,7 @@ from aq_lightning.calibration import RunDirectory, open_run, rotated
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
+from aq_lightning.deploy.prompts import Prompts
 from aq_lightning.disk import check_space
 from aq_lightning.errors import Interrupted, ParityError, RequestError
 from aq_lightning.evaluation import check_reference, render_scores
@@ -52,10 +53,11 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
 _EXIT = {RequestError: 2, ParityError: 1, Interrupted: os.EX_TEMPFAIL}
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
+_OPTIONS = {"fit": Guards, "test": Scorecard, "predict": Prompts}  # subcommand → its own, beside model, data, trainer
 
 
 class CommandLine(LightningCLI):
-    """``fit`` calibrates a model, ``test`` scores one.
+    """``fit`` calibrates a model, ``test`` scores one, ``predict`` lets one speak.
 
     A fresh Trainer made from the ``trainer:`` section serves each window of blocks, with the same callbacks and
     loggers throughout.
@@ -71,7 +73,7 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None,
             trainer_defaults=_TRAINER_DEFAULTS,
-            parser_kwargs={**_PARSER, "fit": {**_PARSER, "guards": True}, "test": {**_PARSER, "scores": True}},
+            parser_kwargs=_PARSER | {name: _PARSER | {"options": own} for name, own in _OPTIONS.items()},
         )
 
     @staticmethod
@@ -81,17 +83,18 @@ class CommandLine(LightningCLI):
         return {
             "fit": {*internal, "train_dataloaders", "val_dataloaders"},
             "test": {*internal, "dataloaders", "verbose"},
+            "predict": {*internal, "dataloaders", "return_predictions"},
         }
 
-    def init_parser(self, guards: bool = False, scores: bool = False, **options: object) -> LightningArgumentParser:
-        """A parser; that of a subcommand which can be interrupted takes :class:`Guards` too, that of `test` a
-        :class:`Scorecard`."""
-        parser = super().init_parser(**options)
-        if guards:
-            parser.add_class_arguments(Guards, as_group=False)
+    def init_parser(self, options: type | None = None, **settings: object) -> LightningArgumentParser:
+        """A parser, which takes the options of its subcommand too."""
+        parser = super().init_parser(**settings)
+        if options is Guards:
             parser.add_argument("--report", type=bool, default=True, help="whether RUN/report.html is written")
-        if scores:
+        if options is Scorecard:
             Scorecard.add_to(parser)
+        elif options is not None:
+            parser.add_class_arguments(options, as_group=False)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -176,6 +179,12 @@ class CommandLine(LightningCLI):
             out.mkdir(parents=True, exist_ok=True)
             (out / "test.json").write_text(json.dumps(as_data(table), indent=2))
         print(render_scores(table))
+
+    def predict(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
+        """Answers ``--prompt``, or every line of ``--prompts``, with ``--model.pretrained``, quantized or not."""
+        prompts = Prompts(**{field.name: self._section[field.name] for field in fields(Prompts)})
+        for text in prompts.answers(model.pretrained, self.trainer.strategy.root_device, model.trust_remote_code):
+            print(text, end="", flush=True)
 
     def _calibrate(
         self, model: QuantizedLanguageModel, datamodule: TokenWindows, run: RunDirectory, guards: Guards

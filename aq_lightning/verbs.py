@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from jsonargparse import ArgumentParser
 
 from aq_lightning.conversion import convert
+from aq_lightning.deploy import Generator
+from aq_lightning.deploy import load as load_to_run
 from aq_lightning.doctor import examine
 from aq_lightning.durable import write_text
 from aq_lightning.errors import RequestError
@@ -114,15 +117,61 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {"doctor": doctor, "export": export, "status": status}
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    length: int = 4096,
+    places: int = 64,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Answers requests in OpenAI's form (chat/completions, completions, models), on a GPU if there is one.
+
+    Args:
+        model: quantized or not: directory with safetensors or GGUF, hub id, or ``embedded``.
+        host: address to listen at; there are no keys, so 0.0.0.0 lets in whoever reaches it.
+        port: to listen at.
+        length: tokens of prompt and answer at most, for which memory is taken at once.
+        places: requests at most that wait or are being answered; more are turned away.
+        name: under which clients ask for the model; the last part of its path unless told.
+        trust_remote_code: whether code from the hub may run.
+
+    Returns:
+        Exit code 0, when it is told to end.
+
+    Raises:
+        RequestError: the model is not known, or the server's packages are not installed.
+    """
+    if length < 16 or places < 1:
+        raise RequestError(f"A server has 16 tokens and 1 place or more, got --length {length} --places {places}.")
+    try:
+        import uvicorn
+
+        from aq_lightning.deploy.server import application
+    except ImportError as error:
+        raise RequestError(
+            f'The server needs packages of its own: pip install "aq-lightning[serve]" ({error}).'
+        ) from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(*load_to_run(model, device, trust_remote_code), length=length)
+    served = name or Path(model).name
+    print(f"model {served} on {device}; POST http://{host}:{port}/v1/chat/completions", flush=True)
+    app = application(generator, served, places)
+    uvicorn.run(app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=5)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {"doctor": doctor, "export": export, "serve": serve, "status": status}
 """Name on the command line → function; its answer is the exit code."""
-BY_NAME = {"export"}
+BY_NAME = {"export", "serve"}
 """Verbs whose required arguments have names on the command line."""
 
 _FITTING = {
     "fit": "Calibrates a model: --config METHOD --model.pretrained MODEL --model.scheme w4a16g128 --out RUN.",
     "plan": "Prints what that would do and cost; it takes the arguments of fit.",
     "test": "Scores any model: --model.pretrained MODEL --data.source wikitext2.",
+    "predict": "Answers prompts: --model.pretrained MODEL --prompt TEXT.",
     "report": "Writes one page about one run or several: RUN [RUN …].",
 }
 

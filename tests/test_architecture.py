@@ -38,7 +38,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "aq_lightning.nulls",
         "aq_lightning.quiet",
     ),
-    ("aq_lightning.calibration", "aq_lightning.export", "aq_lightning.deploy", "aq_lightning.evaluation"),
+    ("aq_lightning.deploy",),  # reads what export writes
+    ("aq_lightning.calibration", "aq_lightning.export", "aq_lightning.evaluation"),
     ("aq_lightning.recipe",),
     (
         "aq_lightning.data",

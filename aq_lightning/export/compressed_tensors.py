@@ -113,6 +113,14 @@ def integers(name: str, tensor: QTensor) -> dict[str, Tensor]:
     return {name: (tensor.codes ^ 128).view(torch.int8), f"{name}_scale": tensor.scale.contiguous()}
 
 
+def of_integers(weight: Tensor, scale: Tensor, grid: Grid) -> QTensor:
+    """The weight in plain integers; the inverse of :func:`integers`."""
+    codes = weight.view(torch.uint8) ^ 128
+    return QTensor(
+        codes, scale, torch.full(scale.shape, grid.levels // 2, dtype=torch.uint8, device=scale.device), grid
+    )
+
+
 def pack(weights: Mapping[str, Tensor | QTensor], layout: Layout, form: str = PACKED) -> dict[str, Tensor]:
     """Stored tensors of quantized and other weights together; :func:`unpack` is the inverse of the packed form."""
     stored: dict[str, Tensor] = {}
@@ -187,7 +195,7 @@ class Checkpoint(Mapping[str, "QTensor | Tensor"]):
         if not self._quantized[name]:
             return self._tensors[name]
         if name in self._tensors:
-            return _of_integers(self._tensors[name], self._tensors[f"{name}_scale"], self._grid)
+            return of_integers(self._tensors[name], self._tensors[f"{name}_scale"], self._grid)
         layout = self._tensors.metadata(f"{name}_packed").get(LAYOUT_NOTE)
         return decompress(name, self._tensors, self._grid, cast("Layout | None", layout))  # which refuses others
 
@@ -261,11 +269,6 @@ def _check(name: str, tensor: QTensor) -> None:
             f"The zero point of a symmetric grid of {grid.bits} bits is {grid.levels // 2}, got others in {name}: "
             "use an asymmetric scheme."
         )
-
-
-def _of_integers(weight: Tensor, scale: Tensor, grid: Grid) -> QTensor:
-    codes = weight.view(torch.uint8) ^ 128
-    return QTensor(codes, scale, torch.full(scale.shape, grid.levels // 2, dtype=torch.uint8), grid)
 
 
 def _layout_of(name: str, counts: Sequence[tuple[int, int]], bits: int, layout: Layout | None) -> Layout:
