@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aq_lightning.calibration import RunDirectory
-from aq_lightning.cli import CommandLine
+from aq_lightning.commandline import CommandLine
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row
 from aq_lightning.methods import method_file

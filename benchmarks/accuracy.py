@@ -15,7 +15,8 @@ needs may lie in a directory apart:
         --methods rtn gptq affinequant-rounding auto-round llm-compressor --schemes w3a16g64 --seeds 42 43 44 \
         --packages auto-round=PEERS/auto-round llm-compressor=PEERS/llmcompressor
 
-MODEL is a directory that transformers loads. A method is the name of a file in configs/, a path of one, or a peer.
+MODEL is a directory that transformers loads. Texts to be scored on are named as --perplexity of `test` names them.
+Peers are asked for schemes of weights alone. A method is the name of a file in configs/, a path of one, or a peer.
 Minutes are those of quantizing and exporting, while as many rows as named share the device. Arguments that it does not
 know go to `train.py fit`.
 """
@@ -70,7 +71,8 @@ def rows(given: argparse.Namespace, further: Sequence[str]) -> list[Row]:
     first = (next(iter(texts)), given.seeds[0])
     cells = [(FULL, NONE, *first)]
     for seed, text, scheme, method in itertools.product(given.seeds, texts, given.schemes, given.methods):
-        if method not in UNCALIBRATED or (text, seed) == first:
+        once, alone = method in UNCALIBRATED, method in PEERS and "a16" not in scheme
+        if not alone and (not once or (text, seed) == first):
             cells.append((method, scheme, text, seed))
     made = []
     for method, scheme, text, seed in cells:
@@ -115,7 +117,8 @@ def table(found: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for (scheme, method, calibration), members in groups.items():
         version = f" {members[0]['version']}" if "version" in members[0] else ""
-        entries = [scheme, f"{method}{version}", calibration]
+        online = f", +{members[0]['overhead']:.0f} % multiply–adds" if members[0].get("overhead") else ""
+        entries = [scheme, f"{method}{version}{online}", calibration]
         entries += [spread([each["perplexity"][text] for each in members]) for text in texts]
         entries += [f"{statistics.mean(each['bits'] for each in members):.2f}"]
         entries += [f"{statistics.mean(each['minutes'] for each in members):.1f}", str(len(members))]
@@ -135,7 +138,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="directory that transformers loads")
     parser.add_argument("--out", type=Path, required=True, help="directory for rows, checkpoints, logs and the table")
     parser.add_argument("--calibration", nargs="+", required=True, metavar="NAME=SOURCE", help="as --data.source")
-    parser.add_argument("--evaluation", nargs="+", required=True, metavar="NAME=SOURCE", help="as --data.evaluation")
+    parser.add_argument(
+        "--evaluation", nargs="+", required=True, metavar="NAME=SOURCE", help="as --perplexity of `test`"
+    )
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "affinequant", "affinequant-rounding", *PEERS])
     parser.add_argument("--schemes", nargs="+", default=["w4a16", "w3a16g64", "w3a16", "w2a16g64"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])

@@ -15,25 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aq_lightning.cli import main as train
 from aq_lightning.comparison import nearest_bits
-from aq_lightning.data import TokenWindows, evaluation_windows, read
-from aq_lightning.data.tokens import tokenize
-from aq_lightning.evaluation import PerplexityTest
+from aq_lightning.data import TokenWindows, protocol_windows
 from aq_lightning.models.loading import load
 from aq_lightning.scheme import Scheme
+from aq_lightning.scoring import Assessment, Opened, Opening
+from aq_lightning.scoring.answers import Whole
 from benchmarks.rows import write
 
 PEERS = {"auto-round": ("auto_round",), "llm-compressor": ("llmcompressor", "llmcompressor.modifiers.gptq")}
 """Method → the modules of its package."""
 
 Task = Mapping[str, Any]
-QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
 
 
 def ours(task: Task, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -137,22 +135,31 @@ def checkpoint_in(directory: Path) -> Path:
     return next(iter(sorted(directory.rglob("config.json")))).parent
 
 
-@torch.no_grad()
-def perplexities(checkpoint: Path, task: Task) -> dict[str, float]:
-    """Of what transformers loads, in float32: text → exp of the mean token loss over whole windows."""
+def opened(checkpoint: Path, task: Task) -> Opened:
+    """What transformers loads, in float32; a checkpoint with online products, which it cannot, as this package does."""
+    device = torch.device(task["device"])
+    config = json.loads((checkpoint / "config.json").read_text())
+    if (config.get("quantization_config") or {}).get("quant_method") == "aq_lightning":
+        return Opening(device, loader="own").open(str(checkpoint))
     model, report = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     absent = set(report["missing_keys"]) - set(model.all_tied_weights_keys)
     if absent:
         raise SystemExit(f"error: transformers does not find {sorted(absent)[:3]} in {checkpoint}.")
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
-    found = {}
-    for name, source in task["texts"].items():
-        tokens = tokenize(tokenizer, read(source, "evaluation"))
-        batches = evaluation_windows(tokens, task["evaluation_length"], task["most"])
-        trainer = Trainer(accelerator=task["device"], devices=1, precision="32-true", **QUIET)
-        (scores,) = trainer.test(PerplexityTest(model.eval()), DataLoader(batches), verbose=False)
-        found[name] = scores["perplexity"]
-    return found
+    return Opened(str(checkpoint), Whole(model, device), tokenizer, float("nan"), 0.0, "transformers")
+
+
+def scored(checkpoint: Path, task: Task) -> dict[str, Any]:
+    """Perplexity of a checkpoint on every text, its standard error, and who read it."""
+    model = opened(checkpoint, task)
+    length, most = task["evaluation_length"], task["most"]
+    texts = {name: protocol_windows(source, model.tokenizer, length, most) for name, source in task["texts"].items()}
+    scores = Assessment(texts, tokens=length).of(model).scores
+    return {
+        "perplexity": {name: score.value for name, score in scores.items()},
+        "error": {name: score.error for name, score in scores.items()},
+        "reader": model.reader,
+    }
 
 
 def main() -> None:
@@ -170,7 +177,7 @@ def main() -> None:
         facts |= {"checkpoint": str(checkpoint), "minutes": (before + time.monotonic() - began) / 60}
         write(made, facts)
     facts = json.loads(made.read_text())
-    write(target, {**facts, "perplexity": perplexities(Path(facts["checkpoint"]), task)})
+    write(target, {**facts, **scored(Path(facts["checkpoint"]), task)})
 
 
 if __name__ == "__main__":

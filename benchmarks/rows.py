@@ -70,7 +70,11 @@ def work(rows: Sequence[Row], out: Path, limits: Limits) -> Iterator[tuple[Row, 
     try:
         while (left or running) and time.monotonic() < deadline:
             while left and len(running) < limits.processes:
-                running.append(_start(left.pop(0), out))
+                row = left.pop(0)
+                if _spent(row, out) > 60 * limits.minutes:
+                    yield row, f"was given up after {_spent(row, out) / 60:.3g} minutes"
+                else:
+                    running.append(_start(row, out))
             for each in list(running):
                 late = each.spent > 60 * limits.minutes
                 if each.process.poll() is None and not late:
@@ -98,9 +102,8 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _start(row: Row, out: Path) -> _Running:
-    task, spent = out / f"{row.name}.task", out / f"{row.name}.spent"
+    task = out / f"{row.name}.task"
     write(task, row.task)
-    before = float(spent.read_text()) if spent.is_file() else 0.0
     inherited = [Path(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     path = os.pathsep.join(str(each.resolve()) for each in [*row.path, ROOT, *inherited])
     with (out / f"{row.name}.log").open("ab") as log:
@@ -112,7 +115,13 @@ def _start(row: Row, out: Path) -> _Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Running(row, process, before)
+    return _Running(row, process, _spent(row, out))
+
+
+def _spent(row: Row, out: Path) -> float:
+    """Seconds of the attempts that ended without a result."""
+    file = out / f"{row.name}.spent"
+    return float(file.read_text()) if file.is_file() else 0.0
 
 
 def _stop(running: Sequence[_Running], out: Path) -> None:

@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("callbacks",),
     ("aq_lightning.api",),
     ("aq_lightning.cli",),
+    ("aq_lightning.commandline",),
     ("aq_lightning.verbs", "aq_lightning.plan", "aq_lightning.scorecard"),
     ("aq_lightning.preparation", "aq_lightning.summary"),
     (

@@ -132,7 +132,7 @@ def test_another_number_of_processes_is_refused(
 def test_what_cannot_be_shared_is_refused(
     command, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, options, fix: str
 ) -> None:
-    monkeypatch.setattr("aq_lightning.cli.check_start", lambda *_: None)  # as from a shell
+    monkeypatch.setattr("aq_lightning.commandline.check_start", lambda *_: None)  # as from a shell
     with pytest.raises(SystemExit) as exit:
         main(command(tmp_path / "run", *options))
     assert exit.value.code == 2 and fix in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ def test_overview_names_every_verb(arguments: list[str], capsys: pytest.CaptureF
     main(arguments)
     printed = capsys.readouterr().out
     verbs = {line.split()[0] for line in printed.splitlines() if line.startswith("  ")}
-    assert verbs == {"fit", "plan", "test", "report", *VERBS}
+    assert verbs == {"fit", "plan", "test", "predict", "report", *VERBS}
     assert "--debug" in printed
 
 

@@ -55,7 +55,10 @@ def test_a_row_is_given_up_after_its_minutes_with_all_attempts_counted(row, tmp_
     assert why == "given up after 0.025 minutes" and time.monotonic() - began < 30
     assert float((out / "slow.spent").read_text()) >= 1.5
     ((_, why),) = work([slow], out, Limits(minutes=1.5 / 60))
-    assert why.startswith("given up") and time.monotonic() - began < 30
+    assert why.startswith("was given up after 0.02") and runs(tmp_path, "slow") == 1, "it is not tried again"
+    ((_, why),) = work([slow], out, Limits(minutes=3 / 60))
+    assert why.startswith("given up after 0.05") and runs(tmp_path, "slow") == 2, "unless it is given more"
+    assert float((out / "slow.spent").read_text()) >= 3 and time.monotonic() - began < 60
 
 
 def test_when_time_is_up_nothing_goes_on_running(row, tmp_path: Path) -> None:
@@ -74,11 +77,21 @@ def test_the_table_has_a_line_for_all_seeds_of_a_cell() -> None:
     found = [
         {**cell, "seed": 1, "perplexity": {"wikitext2": 10.0, "c4": 20.0}},
         {**cell, "seed": 2, "perplexity": {"wikitext2": 12.0, "c4": 20.0}},
-        {**cell, "scheme": "w4a16", "seed": 1, "version": "9", "perplexity": {"wikitext2": 12345.6, "c4": 7.0}},
+        {
+            **cell,
+            "scheme": "w4a16",
+            "seed": 1,
+            "version": "9",
+            "overhead": 22.2,
+            "perplexity": {"wikitext2": 12345.6, "c4": 7.0},
+        },
     ]
     lines = table(found, ["wikitext2", "c4"]).splitlines()
     assert lines[2] == "| w3a16 | gptq | c4 | 11.00 ± 1.41 | 20.00 ± 0.00 | 3.25 | 2.0 | 2 |"
-    assert lines[3] == "| w4a16 | gptq 9 | c4 | 1.23e+04 | 7.00 | 3.25 | 2.0 | 1 |" and len(lines) == 4
+    assert (
+        lines[3] == "| w4a16 | gptq 9, +22 % multiply–adds | c4 | 1.23e+04 | 7.00 | 3.25 | 2.0 | 1 |"
+        and len(lines) == 4
+    )
     assert spread([1.0]) == "1.00"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,19 @@ def ask(
             task.set_fewshot_seed(seed=_SEED)
         model = harness_model(likelihoods, tokenizer)
         results = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    return dict(_scores(names, results["samples"], results.get("group_subtasks", {})))
+    return dict(scores_of(names, results["samples"], results.get("group_subtasks", {})))
 
 
-def _scores(
+def scores_of(
     names: Iterable[str], samples: Mapping[str, Sequence[Mapping[str, Any]]], groups: Mapping[str, Sequence[str]]
-) -> Iterable[tuple[str, Score]]:
-    for name in names:
-        rows = [row for leaf in _leaves(name, groups) for row in samples[leaf]]
+) -> Iterator[tuple[str, Score]]:
+    """Of each task or group that was named, and of the tasks of a tag, which is only a name for several."""
+    parts = {name: _leaves(name, groups) for name in names if name in samples or name in groups}
+    covered = {leaf for leaves in parts.values() for leaf in leaves}
+    for name, leaves in {**parts, **{leaf: [leaf] for leaf in samples if leaf not in covered}}.items():
+        rows = [row for leaf in leaves for row in samples[leaf]]
         for metric in rows[0]["metrics"]:
-            values = [row[metric] for row in rows]
+            values = [row[metric] for row in rows if metric in row]
             if all(isinstance(value, (bool, int, float)) for value in values):  # others aggregate in their own way
                 yield f"{name} {metric}", Score(torch.tensor(values, dtype=torch.float64))
 

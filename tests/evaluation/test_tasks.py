@@ -12,7 +12,7 @@ from helpers import SHARED_DATA, word_tokenizer
 
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import ask, check_tasks
-from aq_lightning.evaluation.harness import Pair
+from aq_lightning.evaluation.harness import Pair, scores_of
 from aq_lightning.evaluation.tasks import local_task
 
 ROWS = {
@@ -108,6 +108,31 @@ def test_right_answers_are_counted(tmp_path: Path, kind: str, liked: str, right:
     assert ("mine acc_norm" in scores) == (kind != "winogrande") and not math.isnan(scores["mine acc"].error)
     first = ask(check_tasks([f"mine={file}"]), prefers(liked), word_tokenizer(), limit=1)
     assert first["mine acc"].values.tolist() == [right]
+
+
+def test_a_group_is_the_mean_over_all_its_questions_and_a_tag_is_its_tasks() -> None:
+    """The shape of what lm-eval 0.4.13 answers: groups within groups (MMLU), and tags, which it replaces by tasks."""
+    samples = {
+        name: [{"metrics": ["acc", "f1"], "acc": value, "f1": (1, 0)} for value in values]
+        for name, values in {"one": [1.0], "two": [0.0, 0.0], "three": [1.0], "four": [0.0]}.items()
+    }
+    groups = {"outer": ["inner", "three"], "inner": ["one", "two"]}
+    found = {name: score.values.tolist() for name, score in scores_of(["outer", "tag"], samples, groups)}
+    assert found == {"outer acc": [1, 0, 0, 1], "four acc": [0]}
+    assert dict(scores_of(["three"], {"three": samples["three"]}, {}))["three acc"].value == 1
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_task_of_lm_evals_in_a_file_of_its_own(tmp_path: Path) -> None:
+    questions = written(tmp_path, ROWS["piqa"])
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {questions}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{goal}}'\ndoc_to_choice: '{{[sol1, sol2]}}'\n"
+        "doc_to_target: label\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    scores = ask(check_tasks([str(tmp_path / "own.yaml")]), prefers("word3"), word_tokenizer())
+    assert {name: score.value for name, score in scores.items()} == {"own acc": 1}
 
 
 @needs_lm_eval
