@@ -25,7 +25,7 @@ from aq_lightning.deploy.linear import Int4Linear
 from aq_lightning.deploy.stored import Headers, stored_state
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import LAYOUT_NOTE
-from aq_lightning.export.compressed_tensors_config import METHOD, scheme_of, without_online
+from aq_lightning.export.compressed_tensors_config import METHOD, scheme_of, split_config
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.weights import INDEX, SINGLE, with_stem
 from aq_lightning.scheme import Scheme
@@ -45,7 +45,12 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, **section: Any) -> None:
         self.section = section
         self.quant_method = METHOD
-        inner, self.online = without_online(section)
+        inner, self.online, key_value = split_config(section)
+        if key_value is not None:
+            raise RequestError(
+                f"A packed model keeps its keys and values in full precision, got a grid of {key_value.bits} bits: open "
+                "it dequantized, with aq_lightning.export.loading.open_model."
+            )
         self.scheme: Scheme = scheme_of(inner)
         self.layout: Layout | None = None  # until the weights' files say it
 
