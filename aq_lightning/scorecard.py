@@ -100,6 +100,7 @@ class Scorecard:
             reference = reference or (opening.open(self.reference) if self.reference else None)
             asked = Assessment(texts, tasks, self.shots, self.questions, data.evaluation_tokens)
             yield asked.of(opened, reference)
+            del opened  # before the next takes its place
 
     def _texts(self, tokenizer: PreTrainedTokenizerBase, data: TokenWindows) -> dict[str, Tensor]:
         """Windows by the name of their text."""

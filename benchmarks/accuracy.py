@@ -159,7 +159,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     given, further = arguments().parse_known_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.processes)))
+    share = str(max(1, (os.cpu_count() or 1) // given.processes))
+    os.environ |= {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
     os.environ.setdefault("AQ_LIGHTNING_CACHE", str(given.out.resolve() / "cache"))
     every, texts, possible = rows(given, further), list(names(given.evaluation, "evaluation")), {}
     for row in every:

@@ -92,7 +92,7 @@ def llm_compressor(task: Task, out: Path) -> tuple[Path, dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     rows = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in windows(task)]
     oneshot(
-        model=model.to("cuda") if task["device"] != "cpu" else model,
+        model=model,  # which it moves to the device itself, part by part
         tokenizer=tokenizer,
         dataset=DataLoader(rows, batch_size=1),
         recipe=GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": grid}}, ignore=["lm_head"]),

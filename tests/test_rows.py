@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from benchmarks.accuracy import configuration, spread, table
 from benchmarks.rows import Limits, Row, result, work
@@ -98,3 +102,23 @@ def test_the_table_has_a_line_for_all_seeds_of_a_cell() -> None:
 def test_methods_are_files_of_configs_or_named(tmp_path: Path) -> None:
     assert configuration("gptq").is_file()
     assert configuration(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
+
+
+def test_the_accuracy_benchmark_from_end_to_end(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+    """Full precision and round-to-nearest, scored as transformers loads them; what cannot be run is named."""
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(text_file.read_text().split())))
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), str(model_directory), f"--out={tmp_path / 'out'}",
+        "--device=cpu", "--processes=2", "--calibration", f"book={text_file}", "--evaluation", f"other={other}",
+        "--methods", "rtn", "absent.yaml", "--schemes", "w3a16g32", "--samples=4", "--length=32",
+        "--evaluation-length=32",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "absent is left out, no configuration" in done.stdout and "all rows are there" in done.stdout
+    full, nearest = json.loads((tmp_path / "out/accuracy.json").read_text())["rows"]
+    assert (full["method"], nearest["method"]) == ("full precision", "rtn")
+    assert full["bits"] == 16 > nearest["bits"] == 3 + 19 / 32 and full["perplexity"] != nearest["perplexity"]
+    assert nearest["reader"] == "transformers" and nearest["minutes"] > 0 and nearest["error"]["other"] > 0
+    assert "| w3a16g32 | rtn | – |" in (tmp_path / "out/accuracy.md").read_text()

@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from aq_lightning.data import CORPORA, PYTHON, Corpus, read
-from aq_lightning.data.corpora import identity
+from aq_lightning.data.corpora import documents, identity
 from aq_lightning.errors import RequestError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,6 +62,11 @@ def test_corpus_is_the_joined_column_of_its_split(
 ) -> None:
     hub()
     assert read(name, split) == separator.join(f"{part} {row}" for row in range(first, stop))
+
+
+def test_rows_of_a_split_that_the_corpus_names_no_file_for(hub: Callable[[], None]) -> None:
+    hub()
+    assert documents("ptb", "test", "penn_treebank/test/*.parquet") == [f"test {row}" for row in range(8)]
 
 
 @pytest.mark.parametrize("corpus", CORPORA.values(), ids=CORPORA)
