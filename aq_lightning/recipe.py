@@ -123,8 +123,9 @@ class Recipe:
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""
 
     def __post_init__(self) -> None:
-        if self.rounder.asymmetric and self.scheme.activation is not None:
+        rounded = self.scheme.activation is not None or self.scheme.key_value is not None
+        if self.rounder.asymmetric and rounded:
             raise RequestError(
                 f"An asymmetric rounder compares unquantized activations, got scheme {self.scheme}: choose one with "
-                "a16, or GPTQ with asymmetry 0."
+                "a16 and no kv, or GPTQ with asymmetry 0."
             )

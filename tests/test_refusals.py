@@ -123,6 +123,8 @@ def test_asymmetric_rounding_of_quantized_activations(refused) -> None:
     rounder = "--model.rounder=aq_lightning.rounders.GPTQ"
     message = refused(rounder, "--model.rounder.init_args.asymmetry=0.25", scheme="w4a8")
     assert "got scheme w4a8" in message and "GPTQ with asymmetry 0" in message
+    message = refused(rounder, "--model.rounder.init_args.asymmetry=0.25", scheme="w4a16kv4")
+    assert "got scheme w4a16kv4" in message and "a16 and no kv" in message
 
 
 @pytest.mark.parametrize("name", ["w9a16", "w1a16", "w4", "w4a16g0", "w4a1", "w4a9", "W4A16", "int4", "w4a16g32symm"])

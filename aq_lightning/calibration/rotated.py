@@ -19,17 +19,13 @@ from aq_lightning.transforms import Rotation
 
 @dataclass(frozen=True)
 class Rotated(Pretrained):
-    """A model in another basis: the same function, with other weights. Its blocks are in float32 at
-    least."""
+    """A model in another basis: the same function, with other weights. Its blocks are in float32 at least."""
 
     rotation: Rotation = Rotation()
 
     def block(self, index: int) -> nn.Module:
-        wide, rotate, offset = (
-            torch.promote_types(self.storage, torch.float32),
-            self.rotation,
-            self.architecture.gain_offset,
-        )
+        rotate, offset = self.rotation, self.architecture.gain_offset
+        wide = torch.promote_types(self.storage, torch.float32)
         block = super().block(index).to(wide)
         tensors = {name: tensor.detach().double() for name, tensor in block.named_parameters()}
         for site in (site for site in self.architecture.sites if site.consumers):

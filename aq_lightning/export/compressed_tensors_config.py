@@ -100,10 +100,18 @@ def split_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str
     if config.get("quant_method") != METHOD:
         return config, [], None
     _expect("quantization_config", config, {"quant_method": METHOD}, {"compressed_tensors", "online", "key_value"})
-    cache = config.get("key_value")
-    if cache is not None:
-        _expect("quantization_config.key_value", cache, {}, {"bits", "group_size"})
-    return config["compressed_tensors"], config["online"], None if cache is None else Grid(**cache)
+    return config["compressed_tensors"], config["online"], _cache(config.get("key_value"))
+
+
+def _cache(fields: object) -> Grid | None:
+    if fields is None:
+        return None
+    known = isinstance(fields, Mapping) and set(fields) == {"bits", "group_size"}
+    if not known or not all(isinstance(each, int) for each in fields.values() if each is not None):
+        raise RequestError(
+            f"quantization_config.key_value holds bits and group_size, whole numbers, got {fields!r}: write it again."
+        )
+    return Grid(fields["bits"] or 0, fields["group_size"])
 
 
 def _arguments(grid: Grid, strategy: str, *, dynamic: bool, observer: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aq_lightning.errors import RequestError
-from aq_lightning.export.compressed_tensors_config import quantization_config, scheme_of
+from aq_lightning.export.compressed_tensors_config import own_config, quantization_config, scheme_of, split_config
 from aq_lightning.scheme import Grid, Scheme
 
 GRIDS = st.builds(Grid, st.integers(2, 8), st.none() | st.integers(1, 256), st.booleans())
@@ -84,3 +84,24 @@ def test_refusals(edit: Callable[[dict[str, Any]], None], message: str) -> None:
     edit(config)
     with pytest.raises(RequestError, match=message):
         scheme_of(config)
+
+
+@given(
+    st.builds(Scheme, GRIDS, ACTIVATIONS),
+    st.none() | st.builds(Grid, st.integers(2, 8), st.none() | st.integers(1, 99)),
+)
+def test_own_section_round_trip(scheme: Scheme, cache: Grid | None) -> None:
+    inner = quantization_config(scheme, ["lm_head"])
+    config = json.loads(json.dumps(own_config(inner, ["model.norm"], cache)))
+    assert split_config(config) == (inner, ["model.norm"], cache)
+    assert split_config(inner) == (inner, [], None)
+
+
+@pytest.mark.parametrize(
+    "cache", [{}, {"bits": 4}, {"bits": "4", "group_size": None}, {"bits": 4, "group_size": 8, "zero": 1}, [4], 4]
+    + [{"bits": 9, "group_size": None}, {"bits": None, "group_size": None}, {"bits": 4, "group_size": 0}]
+)  # fmt: skip
+def test_a_cache_that_is_not_understood_is_refused(cache: object) -> None:
+    config = own_config(quantization_config(Scheme.parse("w4a4"), []), [], None) | {"key_value": cache}
+    with pytest.raises(RequestError, match="got"):
+        split_config(config)
