@@ -66,9 +66,13 @@ def _numbered(parts: Iterable[str]) -> str:
 def _summary(records: Sequence[Record]) -> Iterator[list[str]]:
     """Head and a row for each run, after those of the models that it is compared to."""
     yield ["run", "model", "perplexity", "bits per weight", "size", "calibration", "peak memory"]
+    seen: list[list[str]] = []
     for record in records:
         for row in record.rows[:-1]:
-            yield [record.name, str(row["model"]), _figure(row["perplexity"]), f"{row['bits']:.3f}", "", "", ""]
+            cells = [str(row["model"]), _figure(row["perplexity"]), f"{row['bits']:.3f}", "", "", ""]
+            if cells not in seen:  # runs of one model on one text share these
+                seen.append(cells)
+                yield ["", *cells]
         last: Mapping[str, Any] = record.rows[-1] if record.rows else {"model": "not finished", "perplexity": None}
         bits = "" if record.bits is None else f"{record.bits:.3f}"
         size = "" if record.size is None else f"{record.size / 1e6:,.1f} MB"
