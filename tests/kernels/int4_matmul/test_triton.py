@@ -95,6 +95,16 @@ def test_the_dequantized_weight_is_rounded_once(bits: int, dtype: torch.dtype) -
     assert torch.equal(triton.dequantize(packed, 96, dtype), naive.dequantize(*packed, 96).to(dtype))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
+@pytest.mark.parametrize("config", [Config(64, 8), Config(64, 8, scaled=True), Config(dequantize=True)], ids=str)
+@pytest.mark.parametrize(("storage", "dtype"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_scales_of_another_dtype_than_activations(config, storage, dtype, answer) -> None:
+    weight = random_weight(70, 256, 4, 64, False, storage)
+    x, _ = inputs(3, weight, dtype)
+    packed = operands(weight)
+    assert_close("y", naive.int4_matmul(x.float(), *packed), answer(x, packed, None, config), 2 * ROUNDING[dtype])
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_same_bits_every_time(splits: int, answer) -> None:
     weight = random_weight(130, 768, 4, 128, False)
