@@ -49,7 +49,7 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[int],
     if tokens <= 16:
         yield 8 if tokens <= 8 else 16, few, [1, 2], [3, 4, 6], [False]
     elif tokens <= 32:
-        yield 32, few[2:], [1], [3, 4, 6], [False, True]
+        yield 32, [*few[3:], (256, 8)], [1], [3, 4], [False, True]
     if 16 < tokens <= 64:
         yield 16 if tokens <= 32 else 32, few[3:], [1], [3, 4], [False]
     if 32 < tokens <= 128:
