@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import cache
 from itertools import cycle, islice
 from itertools import product as combinations
 from multiprocessing import get_context
@@ -151,20 +152,35 @@ def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.
         milliseconds: of a round, at least.
         rounds: whose median is taken.
     """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+    graph = _recorded(runs)
     graph.replay()
     once = _elapsed(graph, 1)
     repetitions = max(1, round(milliseconds / max(once, 1e-3)))
     times = [_elapsed(graph, repetitions) / repetitions for _ in range(rounds)]
     return 1e3 * statistics.median(times) / len(runs)
+
+
+@cache
+def _apart() -> tuple[torch.cuda.Stream, tuple[int, int]]:
+    """A stream and a pool of memory for recording; graphs follow one another, so one pool serves all."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All runs once to warm up, then as a graph; ``torch.cuda.graph`` would collect garbage for each of thousands."""
+    graph, (stream, pool) = torch.cuda.CUDAGraph(), _apart()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=pool)
+        try:
+            for run in runs:
+                run()
+        finally:
+            graph.capture_end()
+    return graph
 
 
 def _elapsed(graph: torch.cuda.CUDAGraph, repetitions: int) -> float:
@@ -196,7 +212,10 @@ def fastest(
     cold = list(islice(cycle(weights), max(4, len(weights))))
 
     def measured(config: Config, milliseconds: float, rounds: int) -> float:
-        return microseconds(calls(product, x, cold, config), milliseconds, rounds)
+        try:
+            return microseconds(calls(product, x, cold, config), milliseconds, rounds)
+        except RuntimeError:  # what the device refuses to record is not the fastest
+            return float("inf")
 
     times: dict[Config, float] = {}
     for config in configs:
@@ -208,7 +227,8 @@ def fastest(
     early = [replace(config, overlap=True) for config in best[:2] if overlap and not config.dequantize]
     best += [config for config in early if error(product, x, weights[0], config, expected) < _WRONG]
     again = {config: measured(config, 5.0, 5) for config in best}
-    return min(again.items(), key=lambda item: item[1]) if again else None
+    found = min(again.items(), key=lambda item: item[1], default=None)
+    return found if found and found[1] < float("inf") else None
 
 
 def merge(path: Path, product: Product, config: Config) -> None:
