@@ -62,7 +62,7 @@ def tune(given: argparse.Namespace, began: float) -> None:
     products = [Product(t, *shape, *kind) for t in TUNED if t in given.tokens for shape in given.shapes]
     wanted = {compiled(config) for product in products for config in candidates(product)}
     early = {replace(min(wanted, key=str), overlap=True)} if given.overlap else set()
-    good = compile_all(sorted(wanted | early, key=str), products[0], given.seconds / 3)
+    good = compile_all(sorted(wanted | early, key=str), products[0], given.group or None, given.seconds / 3)
     print(f"{len(good)} of {len(wanted)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)
     path = given.table or own_table(architecture(torch.device("cuda", 0)))
     operands = {shape: [] for shape in given.shapes}

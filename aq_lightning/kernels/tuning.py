@@ -111,13 +111,14 @@ def error(product: Product, x: Tensor, weight: Operands, config: Config, expecte
     return found if found == found else float("inf")
 
 
-def compile_all(configs: Sequence[Config], product: Product, seconds: float) -> set[Config]:
+def compile_all(configs: Sequence[Config], product: Product, size: int | None, seconds: float) -> set[Config]:
     """Compiles configurations in as many processes as there are processors, each on a small product that it must get
     right; the binaries stay in Triton's cache.
 
     Args:
         configs: ``splits`` does not matter to the compiler, beyond being 1 or not.
         product: of which the widths count.
+        size: columns of a group; None: one scale a row.
         seconds: after which the rest is left out.
 
     Returns:
@@ -127,7 +128,7 @@ def compile_all(configs: Sequence[Config], product: Product, seconds: float) -> 
     workers = max(1, (os.cpu_count() or 2) - 1)
     good: set[Config] = set()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs: dict[Future[float], Config] = {pool.submit(_try, config, product): config for config in configs}
+        jobs: dict[Future[float], Config] = {pool.submit(_try, config, product, size): config for config in configs}
         try:
             for job in as_completed(jobs, timeout=max(0.0, ends - time.monotonic())):
                 if job.exception() is None and job.result() < _WRONG:
@@ -137,9 +138,9 @@ def compile_all(configs: Sequence[Config], product: Product, seconds: float) -> 
     return good
 
 
-def _try(config: Config, product: Product) -> float:
+def _try(config: Config, product: Product, size: int | None) -> float:
     torch.manual_seed(0)
-    weight = random_operands(256, 1024, product.bits, 128, "cuda")
+    weight = random_operands(256, 1024, product.bits, size or 1024, "cuda")
     x = torch.randn(config.tokens + 3, 1024, device="cuda").half()
     return error(product, x, weight, config, reference(product, x, weight))
 
