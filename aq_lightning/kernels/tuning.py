@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import replace
 from functools import cache
 from itertools import cycle, islice
@@ -100,18 +101,16 @@ def reference(product: Product, x: Tensor, weight: Operands) -> Tensor:
 
 def error(product: Product, x: Tensor, weight: Operands, config: Config, expected: Tensor) -> float:
     """Relative RMS error of a configuration, infinite if it fails."""
-    from triton import CompilationError, OutOfResources
+    from triton.errors import TritonError
 
     torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed at once: the answer takes its place
     try:
-        y = calls(product, x, [weight], config)[0]()
-        found = float((y.float() - expected).norm() / expected.norm())
-    except (OutOfResources, CompilationError, RuntimeError):
+        return _distance(calls(product, x, [weight], config)[0](), expected)
+    except (TritonError, RuntimeError):
         return float("inf")
-    return found if found == found else float("inf")
 
 
-def compile_all(configs: Sequence[Config], product: Product, size: int | None, seconds: float) -> set[Config]:
+def compile_all(configs: Sequence[Config], product: Product, size: int | None, seconds: float) -> dict[Config, str]:
     """Compiles configurations in as many processes as there are processors, each on a small product that it must get
     right; the binaries stay in Triton's cache.
 
@@ -122,27 +121,40 @@ def compile_all(configs: Sequence[Config], product: Product, size: int | None, s
         seconds: after which the rest is left out.
 
     Returns:
-        Those that compiled in time and were right.
+        Configuration → why it is of no use; empty: it compiled in time and is right.
     """
     ends = time.monotonic() + seconds
     workers = max(1, (os.cpu_count() or 2) - 1)
-    good: set[Config] = set()
+    outcomes = dict.fromkeys(configs, "not in time")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs: dict[Future[float], Config] = {pool.submit(_try, config, product, size): config for config in configs}
+        jobs: dict[Future[str], Config] = {pool.submit(_try, config, product, size): config for config in configs}
         try:
             for job in as_completed(jobs, timeout=max(0.0, ends - time.monotonic())):
-                if job.exception() is None and job.result() < _WRONG:
-                    good.add(jobs[job])
-        except TimeoutError:
+                outcomes[jobs[job]] = str(job.exception() or "") or job.result()
+        except OutOfTime:
             pool.shutdown(wait=False, cancel_futures=True)
-    return good
+    return outcomes
 
 
-def _try(config: Config, product: Product, size: int | None) -> float:
+def _try(config: Config, product: Product, size: int | None) -> str:
+    """Why a configuration is of no use."""
+    from triton.errors import TritonError
+
     torch.manual_seed(0)
     weight = random_operands(256, 1024, product.bits, size or 1024, "cuda")
     x = torch.randn(config.tokens + 3, 1024, device="cuda").half()
-    return error(product, x, weight, config, reference(product, x, weight))
+    expected = reference(product, x, weight)
+    try:
+        found = _distance(calls(product, x, [weight], config)[0](), expected)
+    except (TritonError, RuntimeError) as reason:
+        return f"{type(reason).__name__}: {reason}"
+    return "" if found < _WRONG else f"error {found:.0e}"
+
+
+def _distance(y: Tensor, expected: Tensor) -> float:
+    """Relative RMS, infinite if anything is not a number."""
+    found = float((y.float() - expected).norm() / expected.norm())
+    return found if found == found else float("inf")
 
 
 def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.0, rounds: int = 5) -> float:
