@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,13 @@ def tune(given: argparse.Namespace, began: float) -> None:
     products = [Product(t, *shape, *kind) for t in TUNED if t in given.tokens for shape in given.shapes]
     wanted = {compiled(config) for product in products for config in candidates(product)}
     early = {replace(min(wanted, key=str), overlap=True)} if given.overlap else set()
-    good = compile_all(sorted(wanted | early, key=str), products[0], given.seconds / 3)
-    print(f"{len(good)} of {len(wanted)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)
+    outcomes = compile_all(sorted(wanted | early, key=str), products[0], given.group or None, given.seconds / 3)
+    good = {config for config, why in outcomes.items() if not why}
+    for why, number in Counter(why[:300] for why in outcomes.values() if why).most_common(4):
+        print(f"{number} kernels: {why}")
+    print(
+        f"{len(good)} of {len(outcomes)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True
+    )
     path = given.table or own_table(architecture(torch.device("cuda", 0)))
     operands = {shape: [] for shape in given.shapes}
     for number, product in enumerate(products):

@@ -7,7 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import replace
+from functools import cache
 from itertools import cycle, islice
 from itertools import product as combinations
 from multiprocessing import get_context
@@ -49,7 +51,7 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[int],
     if tokens <= 16:
         yield 8 if tokens <= 8 else 16, few, [1, 2], [3, 4, 6], [False]
     elif tokens <= 32:
-        yield 32, few[2:], [1], [3, 4, 6], [False, True]
+        yield 32, [*few[3:], (256, 8)], [1], [3, 4], [False, True]
     if 16 < tokens <= 64:
         yield 16 if tokens <= 32 else 32, few[3:], [1], [3, 4], [False]
     if 32 < tokens <= 128:
@@ -99,48 +101,60 @@ def reference(product: Product, x: Tensor, weight: Operands) -> Tensor:
 
 def error(product: Product, x: Tensor, weight: Operands, config: Config, expected: Tensor) -> float:
     """Relative RMS error of a configuration, infinite if it fails."""
-    from triton import CompilationError, OutOfResources
+    from triton.errors import TritonError
 
     torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed at once: the answer takes its place
     try:
-        y = calls(product, x, [weight], config)[0]()
-        found = float((y.float() - expected).norm() / expected.norm())
-    except (OutOfResources, CompilationError, RuntimeError):
+        return _distance(calls(product, x, [weight], config)[0](), expected)
+    except (TritonError, RuntimeError):
         return float("inf")
-    return found if found == found else float("inf")
 
 
-def compile_all(configs: Sequence[Config], product: Product, seconds: float) -> set[Config]:
+def compile_all(configs: Sequence[Config], product: Product, size: int | None, seconds: float) -> dict[Config, str]:
     """Compiles configurations in as many processes as there are processors, each on a small product that it must get
     right; the binaries stay in Triton's cache.
 
     Args:
         configs: ``splits`` does not matter to the compiler, beyond being 1 or not.
         product: of which the widths count.
+        size: columns of a group; None: one scale a row.
         seconds: after which the rest is left out.
 
     Returns:
-        Those that compiled in time and were right.
+        Configuration → why it is of no use; empty: it compiled in time and is right.
     """
     ends = time.monotonic() + seconds
     workers = max(1, (os.cpu_count() or 2) - 1)
-    good: set[Config] = set()
+    outcomes = dict.fromkeys(configs, "not in time")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs: dict[Future[float], Config] = {pool.submit(_try, config, product): config for config in configs}
+        jobs: dict[Future[str], Config] = {pool.submit(_try, config, product, size): config for config in configs}
         try:
             for job in as_completed(jobs, timeout=max(0.0, ends - time.monotonic())):
-                if job.exception() is None and job.result() < _WRONG:
-                    good.add(jobs[job])
-        except TimeoutError:
+                outcomes[jobs[job]] = str(job.exception() or "") or job.result()
+        except OutOfTime:
             pool.shutdown(wait=False, cancel_futures=True)
-    return good
+    return outcomes
 
 
-def _try(config: Config, product: Product) -> float:
+def _try(config: Config, product: Product, size: int | None) -> str:
+    """Why a configuration is of no use."""
+    from triton.errors import TritonError
+
     torch.manual_seed(0)
-    weight = random_operands(256, 1024, product.bits, 128, "cuda")
+    weight = random_operands(256, 1024, product.bits, size or 1024, "cuda")
     x = torch.randn(config.tokens + 3, 1024, device="cuda").half()
-    return error(product, x, weight, config, reference(product, x, weight))
+    expected = reference(product, x, weight)
+    try:
+        found = _distance(calls(product, x, [weight], config)[0](), expected)
+    except (TritonError, RuntimeError) as reason:
+        return f"{type(reason).__name__}: {reason}"
+    return "" if found < _WRONG else f"error {found:.0e}"
+
+
+def _distance(y: Tensor, expected: Tensor) -> float:
+    """Relative RMS, infinite if anything is not a number."""
+    found = float((y.float() - expected).norm() / expected.norm())
+    return found if found == found else float("inf")
 
 
 def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.0, rounds: int = 5) -> float:
@@ -151,20 +165,35 @@ def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.
         milliseconds: of a round, at least.
         rounds: whose median is taken.
     """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+    graph = _recorded(runs)
     graph.replay()
     once = _elapsed(graph, 1)
     repetitions = max(1, round(milliseconds / max(once, 1e-3)))
     times = [_elapsed(graph, repetitions) / repetitions for _ in range(rounds)]
     return 1e3 * statistics.median(times) / len(runs)
+
+
+@cache
+def _apart() -> tuple[torch.cuda.Stream, tuple[int, int]]:
+    """A stream and a pool of memory for recording; graphs follow one another, so one pool serves all."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All runs once to warm up, then as a graph; ``torch.cuda.graph`` would collect garbage for each of thousands."""
+    graph, (stream, pool) = torch.cuda.CUDAGraph(), _apart()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=pool)
+        try:
+            for run in runs:
+                run()
+        finally:
+            graph.capture_end()
+    return graph
 
 
 def _elapsed(graph: torch.cuda.CUDAGraph, repetitions: int) -> float:
@@ -196,7 +225,10 @@ def fastest(
     cold = list(islice(cycle(weights), max(4, len(weights))))
 
     def measured(config: Config, milliseconds: float, rounds: int) -> float:
-        return microseconds(calls(product, x, cold, config), milliseconds, rounds)
+        try:
+            return microseconds(calls(product, x, cold, config), milliseconds, rounds)
+        except RuntimeError:  # what the device refuses to record is not the fastest
+            return float("inf")
 
     times: dict[Config, float] = {}
     for config in configs:
@@ -208,7 +240,8 @@ def fastest(
     early = [replace(config, overlap=True) for config in best[:2] if overlap and not config.dequantize]
     best += [config for config in early if error(product, x, weights[0], config, expected) < _WRONG]
     again = {config: measured(config, 5.0, 5) for config in best}
-    return min(again.items(), key=lambda item: item[1]) if again else None
+    found = min(again.items(), key=lambda item: item[1], default=None)
+    return found if found and found[1] < float("inf") else None
 
 
 def merge(path: Path, product: Product, config: Config) -> None:

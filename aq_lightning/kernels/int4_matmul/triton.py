@@ -137,8 +137,8 @@ def _dequantize_kernel(
         i_group = 0 if GROUP == 0 else o_k // (GROUP * CHUNK)
         m_s = (o_n < N) & (tl.full([64], o_k, tl.int32) < K)
         b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
-        b_w = _weight(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, True, ASSEMBLY)
-        tl.store(p_y + o_k, b_w, mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
+        b_w = _weight(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, False, ASSEMBLY).to(tl.float32) * b_s[:, None]
+        tl.store(p_y + o_k, b_w.to(weight.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
 
 
 def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config, out: Tensor | None = None) -> Tensor:

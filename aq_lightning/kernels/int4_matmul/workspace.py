@@ -33,12 +33,11 @@ def counters(device: torch.device, number: int) -> Tensor:
     While a CUDA graph is captured, a device without counters yet gets some that belong to the graph, since nothing may
     rely on a tensor that is only filled when the graph runs.
     """
-    ring = _RINGS.get(device)
-    if ring is None or number > _SIZE:
-        fresh = torch.zeros(max(number, _SIZE), dtype=torch.int32, device=device)
-        if number > _SIZE or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return fresh[:number]
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if number > _SIZE or (capturing and device not in _RINGS):
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    if device not in _RINGS:
+        _RINGS[device] = _Ring(torch.zeros(_SIZE, dtype=torch.int32, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # zero before any other stream looks
-        ring = _RINGS[device] = _Ring(fresh)
-    return ring.take(number)
+    return _RINGS[device].take(number)

@@ -13,6 +13,7 @@ from torch import Tensor
 from aq_lightning.kernels.int4_matmul import config as table
 from aq_lightning.kernels.int4_matmul import naive
 from aq_lightning.kernels.int4_matmul.config import Config, Product, choose, read, rule, save, shared
+from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 from aq_lightning.kernels.tuning import candidates, merge
 from aq_lightning.qtensor import QTensor
@@ -95,6 +96,16 @@ def test_the_dequantized_weight_is_rounded_once(bits: int, dtype: torch.dtype) -
     assert torch.equal(triton.dequantize(packed, 96, dtype), naive.dequantize(*packed, 96).to(dtype))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
+@pytest.mark.parametrize("config", [Config(64, 8), Config(64, 8, scaled=True), Config(dequantize=True)], ids=str)
+@pytest.mark.parametrize(("storage", "dtype"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_scales_of_another_dtype_than_activations(config, storage, dtype, answer) -> None:
+    weight = random_weight(70, 256, 4, 64, False, storage)
+    x, _ = inputs(3, weight, dtype)
+    packed = operands(weight)
+    assert_close("y", naive.int4_matmul(x.float(), *packed), answer(x, packed, None, config), 2 * ROUNDING[dtype])
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_same_bits_every_time(splits: int, answer) -> None:
     weight = random_weight(130, 768, 4, 128, False)
@@ -145,6 +156,13 @@ def test_nothing_to_do(answer) -> None:
     weight = random_weight(64, 128, 4, 32, True)
     x, _ = inputs(0, weight, torch.float16)
     assert answer(x, operands(weight), None, Config()).shape == (0, 64)
+
+
+def test_launches_in_flight_count_in_different_places() -> None:
+    device = torch.device(DEVICE)
+    places = [counters(device, 5).data_ptr() for _ in range(100)]
+    assert len(set(places)) == 100
+    assert not counters(device, 2**20 + 1).any() and not counters(device, 2**20).any()
 
 
 def test_tables(tmp_path) -> None:
