@@ -20,8 +20,8 @@ from aq_lightning.calibration.captured import Graph
 from aq_lightning.errors import RequestError
 
 Way = Literal["plain", "recorded", "compiled"]
-"""How steps run: each launched by the host; recorded once as a CUDA graph, for which a GPU is needed; or compiled before
-they are recorded, which joins small kernels and takes up to a minute for a large model."""
+"""How steps run: each launched by the host; recorded once as a CUDA graph, for which a GPU is needed; or compiled and
+then recorded, which joins small kernels and takes up to a minute for a large model."""
 _WARM_UP = 2  # steps before recording, in which code is compiled: no more than an answer has that records at all
 
 
