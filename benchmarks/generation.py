@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from aq_lightning.deploy import Int4Linear, fuse
-from aq_lightning.deploy.decoding import Decoder, Sampling, Shape
+from aq_lightning.deploy.decoding import Decoder, Sampling, Shape, Way
 from aq_lightning.qtensor import QTensor, encode, grid_of
 from aq_lightning.scheme import Scheme
 
@@ -127,16 +127,16 @@ def rate(decoder: Decoder, ids: Tensor, new: int) -> tuple[float, float]:
     return len(ids) * (new - 1) / statistics.median(spans[1:]), wholes[0] - statistics.median(wholes[1:])
 
 
-def measure(name: str, model: PreTrainedModel, batch: int, prompt: int, new: int, gpu: bool) -> Measured:
+def measure(name: str, model: PreTrainedModel, batch: int, prompt: int, new: int, way: Way) -> Measured:
     """One model at one batch; ``new`` = 0 leaves the rate unmeasured, and nothing is compiled."""
     ids = torch.randint(model.config.vocab_size, (batch, prompt), device=model.device)
-    decoder = Decoder(model, Shape(batch, -(-(prompt + new) // 256) * 256), recorded=gpu)
+    decoder = Decoder(model, Shape(batch, -(-(prompt + new) // 256) * 256), way)
     first = first_token(decoder, ids)
     speed, setup = rate(decoder, ids, new) if new else (None, None)
     del decoder
     gc.collect()
     torch.compiler.reset()
-    if gpu:
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return Measured(name, batch, prompt, first, speed, setup, gibibytes(model))
 
@@ -170,6 +170,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt where rates are measured")
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt whose first token alone is timed")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--way", choices=["compiled", "recorded", "plain"], default="compiled", help="on a GPU")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--out", type=Path, help="JSON, written after every measurement")
@@ -185,7 +186,12 @@ def main() -> None:
     config = LlamaConfig(max_position_embeddings=4096, **shape)
     full = full_model(config, device, torch.float16 if gpu else torch.float32)
     models = {FULL: full}
-    notes = {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__, "shape": shape}
+    notes = {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "torch": torch.__version__,
+        "shape": shape,
+        "way": given.way,
+    }
     for name in given.schemes:
         scheme = Scheme.parse(name)
         packed = packed_model(full, scheme)
@@ -204,7 +210,7 @@ def main() -> None:
                     f"not measured, {given.seconds:.0f} s are over: {name}, batch {batch}, prompt {prompt}", flush=True
                 )
                 continue
-            rows.append(measure(name, model, batch, prompt, new, gpu))
+            rows.append(measure(name, model, batch, prompt, new, given.way if gpu else "plain"))
             print(f"{asdict(rows[-1])} ({time.perf_counter() - began:.0f} s)", flush=True)
             if given.out is not None:
                 content = {**notes, "rows": [asdict(row) for row in rows]}

@@ -1,13 +1,15 @@
 """Tokens from a model as fast as its device gives them: a static key–value cache, and every step recorded once.
 
-The prompt is read in one pass. Each further token is the same work on the same tensors, compiled and recorded as a CUDA
-graph; its token is put where the next step takes it, so that the host only reads along, one step behind.
+The prompt is read in one pass. Each further token is the same work on the same tensors, recorded as a CUDA graph; its
+token is put where the next step takes it, so that the host only reads along, one step behind.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from transformers.cache_utils import StaticLayer
 from aq_lightning.calibration.captured import Graph
 from aq_lightning.errors import RequestError
 
+Way = Literal["plain", "recorded", "compiled"]
+"""How steps run: each launched by the host; recorded once as a CUDA graph, for which a GPU is needed; or compiled and
+then recorded, which joins small kernels and takes up to a minute for a large model."""
 _WARM_UP = 2  # steps before recording, in which code is compiled: no more than an answer has that records at all
 
 
@@ -64,18 +69,19 @@ class Decoder:
     Args:
         model: on its device, in evaluation mode.
         shape: of the batch.
-        recorded: whether steps are compiled and recorded, which only a GPU can.
+        way: how steps run.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, recorded: bool) -> None:
+    def __init__(self, model: PreTrainedModel, shape: Shape, way: Way) -> None:
         self._model, self.shape = model, shape
+        self._compiled = way == "compiled"
         device = model.device
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._cache = Cache(layers=[StaticLayer(shape.length) for _ in range(layers)])
         self._token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
         self._mask = torch.ones(shape.batch, shape.length, dtype=torch.long, device=device)
-        self._step: Callable[[], Tensor] | None = None if recorded else self._logits
+        self._step: Callable[[], Tensor] | None = self._logits if way == "plain" else None
 
     @torch.no_grad()
     def stream(self, ids: Tensor, mask: Tensor | None, count: int, sampling: Sampling) -> Iterator[Tensor]:
@@ -129,10 +135,18 @@ class Decoder:
         """Records a step; the cache and the token are afterwards as they were."""
         moving = [self._position, *(layer.cumulative_length for layer in self._cache.layers)]
         before = [tensor.clone() for tensor in moving]
-        graph = Graph(torch.compile(self._logits, fullgraph=True, dynamic=False), _WARM_UP)
+        logits = torch.compile(self._logits, fullgraph=True, dynamic=False) if self._compiled else self._logits
+        try:
+            step = Graph(logits, _WARM_UP).replay
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of the compiler too
+            reason = str(error).strip().splitlines()[:1]
+            warnings.warn(f"steps cannot be recorded, and run one by one: {''.join(reason)}", stacklevel=2)
+            step = self._logits
         for tensor, kept in zip(moving, before, strict=True):
             tensor.copy_(kept)  # what the warm-up wrote behind it in the cache is written over
-        return graph.replay
+        return step
 
 
 def _fetched(token: Tensor) -> Callable[[], Tensor]:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aq_lightning.deploy.decoding import Decoder, Sampling, Shape
+from aq_lightning.deploy.decoding import Decoder, Sampling, Shape, Way
 from aq_lightning.errors import RequestError
 
 _CACHE_STEP = 256  # tokens: caches grow in steps, so that requests of similar length share recorded steps
@@ -53,7 +53,7 @@ class Generator:
     Args:
         model: any causal language model, on its device.
         tokenizer: the model's.
-        recorded: whether steps are compiled and recorded as CUDA graphs; None: on a single GPU.
+        way: how steps run; None: ``compiled`` on a single GPU, ``plain`` elsewhere.
         length: tokens of prompt and answer at most, for which one step is recorded once; None: recorded anew for every
             length that is asked for, rounded up.
     """
@@ -62,14 +62,14 @@ class Generator:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        recorded: bool | None = None,
+        way: Way | None = None,
         length: int | None = None,
     ) -> None:
         self._places = getattr(model.config, "max_position_embeddings", None) or _BOUNDLESS
         self._length = None if length is None else min(length, self._places)
         self.model, self.tokenizer = model.eval(), tokenizer
-        devices = {parameter.device for parameter in model.parameters()}
-        self._recorded = len(devices) == 1 and model.device.type == "cuda" if recorded is None else recorded
+        single = len({parameter.device for parameter in model.parameters()}) == 1 and model.device.type == "cuda"
+        self._way: Way = way or ("compiled" if single else "plain")
         self._decoder: Decoder | None = None
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id} - {None}
@@ -137,7 +137,7 @@ class Generator:
         if self._decoder is None or self._decoder.shape != shape:
             self._decoder = None  # first, for its cache may be as large as the model
             torch.compiler.reset()  # which keeps code for a few shapes only
-            self._decoder = Decoder(self.model, shape, self._recorded)
+            self._decoder = Decoder(self.model, shape, self._way)
         return self._decoder
 
 

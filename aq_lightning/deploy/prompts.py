@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from aq_lightning.deploy.decoding import Sampling
+from aq_lightning.deploy.decoding import Sampling, Way
 from aq_lightning.deploy.generation import Generator, Limits
 from aq_lightning.deploy.loading import load
 from aq_lightning.errors import RequestError
+
+_MANY = 4096
+"""Tokens for which it pays to compile steps."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Prompts:
     """Least probability of the set of likeliest tokens from which one is drawn."""
     batch: int = 8
     """Prompts of a file that are answered side by side."""
+    way: Way | None = None
+    """How steps run: ``plain``, ``recorded`` as a CUDA graph, or ``compiled`` before that; null: on a GPU compiled from
+    4096 tokens on, where that pays, and otherwise recorded."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -78,7 +84,9 @@ class Prompts:
         """
         texts = self.read()  # before any model is loaded
         asked = [self._asked(text) for text in texts]
-        generator = Generator(*load(pretrained, device, trust_remote_code))
+        many = len(texts) * self.max_new_tokens >= _MANY
+        way = self.way or ("plain" if device.type != "cuda" else "compiled" if many else "recorded")
+        generator = Generator(*load(pretrained, device, trust_remote_code), way)
         if self.prompts is None:
             for (piece,) in generator.stream(asked, self.limits):
                 yield piece.text if piece else ""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -54,13 +55,19 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of long breath, which no token ends."""
     directory = tmp_path_factory.mktemp("served") / "tiny"
     tiny_llama(max_position_embeddings=4096, eos_token_id=None).save_pretrained(directory)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[Served]:
+    """A server in a process of its own, which ends within seconds of being told to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,8 +82,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         running = Served(f"http://127.0.0.1:{port}")
         with running.client:
             yield running
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) in (0, -signal.SIGTERM)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def served(directory: Path) -> Iterator[Served]:
+    with serving(directory) as running:
+        yield running
 
 
 def test_the_model_is_listed(served: Served) -> None:
@@ -179,3 +192,10 @@ def test_without_its_packages_serve_says_what_to_install(
     with pytest.raises(SystemExit) as stop:
         main(["serve", f"--model={model_directory}"])
     assert stop.value.code == 2 and "aq-lightning[serve]" in capsys.readouterr().err
+
+
+def test_it_ends_when_told_to_whoever_is_listening(directory: Path) -> None:
+    with serving(directory) as other:
+        stream = other.chat(stream=True, max_tokens=4000)
+        next(stream)
+    stream.close()
