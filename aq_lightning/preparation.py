@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from aq_lightning.calibration import AttachedBlock, adapt, attach, merge
@@ -100,9 +101,25 @@ def prepare(model: QuantizedLanguageModel) -> Prepared:
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
+    _check_optimizer(recipe, attached)
     if architecture.experts and model.references:
         raise RequestError("References stand for linears alone, got a model with experts: leave out model.references.")
     if architecture.experts and not scheme.weight.symmetric:
         notes.append(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     notes += overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits)
     return Prepared(source, config, architecture, shell, recipe, attached, storage, tuple(notes))
+
+
+def _check_optimizer(recipe: Recipe, attached: AttachedBlock) -> None:
+    """
+    Raises:
+        RequestError: the optimizer knows no float64, in which transforms are trained.
+    """
+    kind = type(recipe.optimizer([nn.Parameter(torch.zeros(1))]))
+    wide = any(each.dtype == torch.float64 for each in attached.transforms.parameters())
+    if wide and kind.__module__.startswith("bitsandbytes"):
+        raise RequestError(
+            f"Transforms are trained in float64, which bitsandbytes' optimizers refuse, got {kind.__name__}: set "
+            "--model.optimizer aq_lightning.optimizers.SinglePrecision and "
+            f"--model.optimizer.optimizer bitsandbytes.optim.{kind.__name__}."
+        )
