@@ -32,7 +32,7 @@ from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import Prepared, prepare
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.strategy import alone, begin, check_start, check_steps, ranks_of, replicas
+from aq_lightning.strategy import alone, begin, check_start, check_steps, check_trainer, ranks_of, replicas
 from aq_lightning.summary import Log, draw, program, say, summary_lines
 from aq_lightning.vigil import Vigil
 
@@ -44,7 +44,6 @@ _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the di
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
 _PARSER = {"default_env": False, "allow_abbrev": False}  # a shortened option would pass for a misspelt one
 _OPTIONS = {"fit": Guards, "test": Scorecard, "predict": Prompts}  # subcommand → its own, beside model, data, trainer
 
@@ -113,16 +112,7 @@ class CommandLine(LightningCLI):
                 trainer = super().instantiate_trainer(**{"logger": False, **changes, "strategy": strategy})
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise RequestError(f"The options of trainer: are Lightning's, got one it refuses: {error}") from error
-        if trainer.strategy.root_device.type not in ("cpu", "cuda"):
-            raise RequestError(
-                f"Transforms need a device with float64, got {trainer.strategy.root_device}: "
-                "set --trainer.accelerator cpu."
-            )
-        if trainer.precision not in _PRECISIONS:
-            raise RequestError(
-                f"Blocks are trained in {', '.join(_PRECISIONS)} (transforms stay in float64), "
-                f"got {trainer.precision}: set --trainer.precision to one of them."
-            )
+        check_trainer(trainer)
         return trainer
 
     def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 
 from aq_lightning import distributed
 from aq_lightning.errors import RequestError
+
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")  # others would cast the transforms
 
 
 class Replicas(DDPStrategy):
@@ -100,6 +103,22 @@ def alone(strategy: Strategy) -> dict[str, object]:
         return {}
     device = strategy.root_device
     return {"devices": [device.index] if device.type == "cuda" else 1, "num_nodes": 1, "strategy": "auto"}
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """
+    Raises:
+        RequestError: its device or precision has no room for transforms in float64.
+    """
+    if trainer.strategy.root_device.type not in ("cpu", "cuda"):
+        raise RequestError(
+            f"Transforms need a device with float64, got {trainer.strategy.root_device}: set --trainer.accelerator cpu."
+        )
+    if trainer.precision not in _PRECISIONS:
+        raise RequestError(
+            f"Blocks are trained in {', '.join(_PRECISIONS)} (transforms stay in float64), "
+            f"got {trainer.precision}: set --trainer.precision to one of them."
+        )
 
 
 def begin(strategy: Strategy) -> None:
