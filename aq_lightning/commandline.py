@@ -32,7 +32,7 @@ from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import Prepared, prepare
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.strategy import alone, begin, check_start, check_steps, check_trainer, ranks_of, replicas
+from aq_lightning.strategy import alone, begin, check_start, check_steps, check_trainer, replicas, wished
 from aq_lightning.summary import Log, draw, program, say, summary_lines
 from aq_lightning.vigil import Vigil
 
@@ -132,9 +132,9 @@ class CommandLine(LightningCLI):
             )
         guards = Guards(self._section.resume, self._section.save_every, self._section.keep_streams)
         strategy, samples = self.trainer.strategy, datamodule.calibration_shape[0]
-        check_start(strategy, self._called)
-        check_steps(strategy, samples, model.recipe.batch_size, self._section.trainer.accumulate_grad_batches)
-        run = open_run(Path(self._section.out), configuration, guards.resume, *ranks_of(strategy))
+        ranks, rank = check_start(strategy, self._called)
+        check_steps(ranks, samples, model.recipe.batch_size, self._section.trainer.accumulate_grad_batches)
+        run = open_run(Path(self._section.out), configuration, guards.resume, ranks, rank)
         begin(strategy)
         with Vigil():
             if not distributed.from_first(distributed.leads() and run.results is not None):
@@ -271,13 +271,18 @@ class CommandLine(LightningCLI):
 
 
 class PlanningLine(CommandLine):
-    """``plan`` takes the arguments of ``fit``, and says what that would do and cost."""
+    """``plan`` takes the arguments of ``fit``, and says what that would do and cost, on one of its devices."""
+
+    def instantiate_trainer(self, **changes: object) -> Trainer:
+        return super().instantiate_trainer(**{"devices": 1, "num_nodes": 1, "strategy": "auto", **changes})
 
     def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         prepared = prepare(model)
-        samples, length = datamodule.calibration_shape
-        probe = Probe(prepared, self.trainer.strategy.root_device, length)
+        (samples, length), section = datamodule.calibration_shape, self._section.trainer
+        ranks = wished(section.devices, section.num_nodes)
+        check_steps(ranks, samples, model.recipe.batch_size, section.accumulate_grad_batches)
+        probe = Probe(prepared, self.trainer.strategy.root_device, length, ranks)
         with TemporaryDirectory() as scratch:
-            measured = probe.measure(self._scoring_trainer(max_epochs=1, default_root_dir=scratch))
-        for line in plan_lines(prepared, measured, (samples, length), self._section.trainer.max_epochs):
+            measured = probe.measure(self.instantiate_trainer(max_epochs=1, default_root_dir=scratch))
+        for line in plan_lines(prepared, measured, (samples, length), section.max_epochs, ranks):
             print(line)

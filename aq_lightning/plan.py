@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,17 +52,19 @@ class Probe:
         prepared: the model and the recipe.
         device: where blocks are worked on.
         length: tokens of a window.
+        ranks: processes of the run; the probe takes the share of one of them in each batch.
     """
 
-    def __init__(self, prepared: Prepared, device: torch.device, length: int) -> None:
+    def __init__(self, prepared: Prepared, device: torch.device, length: int, ranks: int = 1) -> None:
         self.prepared, self.device = prepared, device
-        size = prepared.recipe.batch_size * _STEPS
+        self.recipe = replace(prepared.recipe, batch_size=-(-prepared.recipe.batch_size // ranks))
+        size = self.recipe.batch_size * _STEPS
         self.windows = torch.randint(_VOCABULARY, (size, length))
         self.model = Pretrained(prepared.source, self._random_model(), None, prepared.architecture)
 
     def measure(self, trainer: Trainer) -> Measured:
         """Two steps of training, the second of which counts, one pass and one merge."""
-        recipe = self.prepared.recipe
+        recipe = self.recipe
         reset_peak_memory(self.device)
         stream, arguments = capture(self.model.shell(), self.windows, recipe.streams, self.device)
         live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
@@ -114,7 +116,9 @@ class _Stopwatch(Callback):
         self.seconds = self.now() - self.began
 
 
-def plan_lines(prepared: Prepared, measured: Measured, shape: tuple[int, int], epochs: int) -> Iterator[str]:
+def plan_lines(
+    prepared: Prepared, measured: Measured, shape: tuple[int, int], epochs: int, ranks: int = 1
+) -> Iterator[str]:
     """The plan as text.
 
     Args:
@@ -122,6 +126,7 @@ def plan_lines(prepared: Prepared, measured: Measured, shape: tuple[int, int], e
         measured: what :class:`Probe` found.
         shape: samples and length.
         epochs: of every block.
+        ranks: processes that share the samples.
     """
     recipe, (samples, length) = prepared.recipe, shape
     yield f"{prepared.config.model_type}: {prepared.blocks} blocks, {recipe.scheme}"
@@ -129,27 +134,29 @@ def plan_lines(prepared: Prepared, measured: Measured, shape: tuple[int, int], e
     yield from prepared.notes
     yield f"bits per weight: {prepared.bits():.3f}"
     yield str(prepared.disk(samples * length))
-    for name, count in memory(prepared, measured, shape).items():
-        yield f"{name} memory: {count / 1e9:.2f} GB"
+    each = f" of each of {ranks} processes" if ranks > 1 else ""
+    for name, count in memory(prepared, measured, shape, ranks).items():
+        yield f"{name} memory{each}: {count / 1e9:.2f} GB"
     block = block_seconds(measured, -(-samples // recipe.batch_size), epochs, recipe.objective.same_input)
-    yield f"time: {block:.1f} s a block, {block * prepared.blocks / 3600:.2f} h for all, without scoring"
+    yield (f"time: {block:.1f} s a block, {block * prepared.blocks / 3600:.2f} h for all, without scoring"
+           f"{' and without what the processes tell one another' if ranks > 1 else ''}")  # fmt: skip
 
 
 def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
-    """Of one block: steps, passes of all samples, and rounding."""
+    """Of one block: steps, passes of all samples, and rounding. Several processes have as many, smaller batches."""
     passes = (_PASSES + same_input) * batches * measured.forward
     return epochs * batches * measured.step + passes + measured.rest
 
 
-def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int]) -> dict[str, int]:
-    """Peak bytes by device: what the probe took, and all streams instead of the probe's.
+def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks: int = 1) -> dict[str, int]:
+    """Peak bytes by device, of one process: what the probe took, and its share of all streams instead of the probe's.
 
     There are four at once: both that enter the block, the target, and the one that is being computed. Beside a GPU, the
     host holds the next block and, while the result is written, as much as a block in float32 takes.
     """
     samples, length = shape
     storage = prepared.recipe.streams
-    more = max(samples - _STEPS * prepared.recipe.batch_size, 0)
+    more = max(-(-samples // ranks) - _STEPS * -(-prepared.recipe.batch_size // ranks), 0)
     streams = 4 * more * length * prepared.config.get_text_config().hidden_size * storage.torch_dtype.itemsize
     block = sum(parameter.numel() for parameter in prepared.attached.block.parameters())
     outside = sum(parameter.numel() for parameter in prepared.model.parameters()) - prepared.blocks * block

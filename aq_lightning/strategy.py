@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 
@@ -57,13 +58,19 @@ def replicas(strategy: Strategy, subcommand: str) -> Replicas | None:
     return Replicas(process_group_backend=strategy.process_group_backend)
 
 
-def ranks_of(strategy: Strategy) -> tuple[int, int]:
-    """Processes that a Trainer's strategy stands for, and the number of this one."""
-    return (strategy.ranks, strategy.global_rank) if isinstance(strategy, Replicas) else (1, 0)
+def wished(devices: int | str | list[int], nodes: int) -> int:
+    """Processes of a run with such options of a Trainer, whatever this machine has."""
+    if isinstance(devices, list):
+        return nodes * len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return nodes * len([each for each in devices.split(",") if each.strip()])
+    count = -1 if devices == "auto" else int(devices)
+    return nodes * (count if count > 0 else max(torch.cuda.device_count(), 1))
 
 
-def check_start(strategy: Strategy, called: bool) -> None:
-    """
+def check_start(strategy: Strategy, called: bool) -> tuple[int, int]:
+    """Processes that a Trainer's strategy stands for, and the number of this one.
+
     Args:
         strategy: a Trainer's.
         called: whether a program gave the arguments, which a process that runs the same command would not see.
@@ -71,20 +78,20 @@ def check_start(strategy: Strategy, called: bool) -> None:
     Raises:
         RequestError: Lightning would have to start processes all the same.
     """
-    ranks, _ = ranks_of(strategy)
+    ranks, rank = (strategy.ranks, strategy.global_rank) if isinstance(strategy, Replicas) else (1, 0)
     if ranks > 1 and called and not strategy.cluster_environment.creates_processes_externally:
         raise RequestError(
             f"Several processes run one command line, got {ranks} from a call in Python: run `python train.py fit` or "
             "torchrun, or set --trainer.devices 1."
         )
+    return ranks, rank
 
 
-def check_steps(strategy: Strategy, samples: int, batch_size: int, accumulated: int) -> None:
+def check_steps(ranks: int, samples: int, batch_size: int, accumulated: int) -> None:
     """
     Raises:
         RequestError: a process would have no part in a step, or steps add up batches.
     """
-    ranks, _ = ranks_of(strategy)
     if ranks > min(samples, batch_size):
         raise RequestError(
             f"Every process has a part in every step, got {ranks} processes for {samples} samples in batches of "

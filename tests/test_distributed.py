@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from helpers import ROOT, relative_error
 from safetensors.torch import load_file
 
+from aq_lightning import distributed, strategy
 from aq_lightning.cli import main
 from benchmarks.kill import digests, tiny_fit, tiny_model
 
@@ -132,7 +134,8 @@ def test_another_number_of_processes_is_refused(
 def test_what_cannot_be_shared_is_refused(
     command, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, options, fix: str
 ) -> None:
-    monkeypatch.setattr("aq_lightning.commandline.check_start", lambda *_: None)  # as from a shell
+    check = partial(strategy.check_start, called=False)
+    monkeypatch.setattr("aq_lightning.commandline.check_start", lambda given, _: check(given))  # as from a shell
     with pytest.raises(SystemExit) as exit:
         main(command(tmp_path / "run", *options))
     assert exit.value.code == 2 and fix in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -140,8 +143,6 @@ def test_what_cannot_be_shared_is_refused(
 
 def test_unequal_parts_have_the_mean_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over two processes with 3 samples and 1, of which the second is simulated."""
-    from aq_lightning import distributed
-
     monkeypatch.setattr(distributed, "ranks", lambda: 2)
     monkeypatch.setattr(
         distributed, "add_up", lambda tensors: [each.add_(torch.tensor([10.0, 1.0])) for each in tensors]

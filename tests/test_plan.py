@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import CONFIGS
 
 from aq_lightning.cli import main
 from aq_lightning.plan import Measured, block_seconds
+from aq_lightning.strategy import wished
 
 
 @pytest.fixture
@@ -63,6 +65,16 @@ def test_plan_names_what_folds_and_what_stays_online(plan: Callable[..., str]) -
 
 def test_plan_of_a_method_without_training(plan: Callable[..., str]) -> None:
     assert re.search(r"time: [\d.]+ s a block", plan(config="rtn.yaml"))
+
+
+def test_plan_of_several_processes(plan: Callable[..., str]) -> None:
+    """Wished for here, had elsewhere: a share of each batch is probed, and a share of the streams kept."""
+    one, four = (plan("--model.scheme=w4a16", "--data.length=64", "--model.batch_size=8", f"--trainer.devices={n}")
+                 for n in (1, 4))  # fmt: skip
+    assert "host memory: " in one and "host memory of each of 4 processes: " in four and "one another" in four
+    assert wished("auto", 2) == 2 * max(torch.cuda.device_count(), 1) and wished([0, 3], 2) == wished("0, 3", 2) == 4
+    with pytest.raises(SystemExit):
+        plan("--trainer.devices=9")
 
 
 def test_time_counts_steps_and_passes() -> None:

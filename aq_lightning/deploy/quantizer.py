@@ -48,7 +48,7 @@ class PackedConfig(QuantizationConfigMixin):
         inner, self.online, key_value = split_config(section)
         if key_value is not None:
             raise RequestError(
-                f"A packed model keeps its keys and values in full precision, got a grid of {key_value.bits} bits: open "
+                f"A packed model keeps keys and values in full precision, got a grid of {key_value.bits} bits: open "
                 "it dequantized, with aq_lightning.export.loading.open_model."
             )
         self.scheme: Scheme = scheme_of(inner)
