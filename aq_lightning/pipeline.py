@@ -122,7 +122,7 @@ def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
             full = live.run(streams.full)  # what the full-precision model answers
         if not job.journal.finished(indices.start):
             same_input = live.run(streams.quantized) if recipe.objective.same_input else None
-            target = recipe.objective.target(full, same_input)
+            target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
             with quantized(live.blocks, recipe.scheme):
                 calibrate(job, live, position, activations, streams, target, share)
             del target, same_input  # two streams stay between windows
@@ -192,7 +192,7 @@ def calibrate(
         activations,
         (inputs, target),
         trainer=inside.attempts(position.index, lambda: job.trainer(scratch)),
-        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index, share),
+        loader=lambda: Pairs(inputs, target, job.recipe.batch_size, job.seed + position.index, share, job.device),
     )
     if result.outcome != "trained" and distributed.leads():
         save_trained(result.module, scratch)

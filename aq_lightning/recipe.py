@@ -69,7 +69,7 @@ class StreamStorage:
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the cache; passes compute in the block's own."""
     place: Literal["host", "device"] = "device"
-    """Whether streams lie in host memory or beside the block."""
+    """Whether streams lie in host memory, pinned for a GPU, or beside the block."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -78,7 +78,10 @@ class StreamStorage:
 
     def store(self, stream: Tensor, device: torch.device) -> Tensor:
         """A stream in its dtype and place, ``device`` being the blocks'."""
-        return stream.to(device if self.place == "device" else "cpu", self.torch_dtype)
+        if self.place == "device":
+            return stream.to(device, self.torch_dtype)
+        stored = stream.to("cpu", self.torch_dtype)
+        return stored.pin_memory() if device.type == "cuda" else stored
 
 
 @dataclass(frozen=True)

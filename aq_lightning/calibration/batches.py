@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aq_lightning.calibration.upload import Upload, one_ahead
+
 
 @dataclass(frozen=True)
 class Share:
@@ -68,11 +70,23 @@ class Pairs:
         batch_size: samples in a batch of all processes; the last may hold fewer.
         seed: of the orders, the same for all processes.
         share: which samples these are; None: all.
+        device: where batches are read: from streams in host memory the next is on its way there while one is at work;
+            None: where the streams are.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int, share: Share | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        seed: int,
+        share: Share | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.inputs, self.targets = inputs, targets
         self.share = share or Share(len(inputs), batch_size)
+        away = device is not None and device.type == "cuda" and inputs.device.type == "cpu"
+        self._upload = Upload(device) if away else None
         self._generator = torch.Generator().manual_seed(seed)
         self._before = self._generator.get_state()  # what the order of this epoch was drawn from
         self._taken = len(self)  # batches of this epoch
@@ -84,11 +98,22 @@ class Pairs:
         if self._taken == len(self):
             self._before, self._taken = self._generator.get_state(), 0
         self._generator.set_state(self._before)
-        order = list(self.share.batches(self._generator))
-        for places, total in order[self._taken :]:
+        order = list(self.share.batches(self._generator))[self._taken :]
+        for batch in map(self._batch, order) if self._upload is None else one_ahead(order, self._start, self._finish):
             self._taken += 1
-            index = places.to(self.inputs.device)
-            yield Batch(self.inputs[index], self.targets[index], total)
+            yield batch
+
+    def _batch(self, drawn: tuple[Tensor, int]) -> Batch:
+        index = drawn[0].to(self.inputs.device)
+        return Batch(self.inputs[index], self.targets[index], drawn[1])
+
+    def _start(self, drawn: tuple[Tensor, int]) -> Batch:
+        places = drawn[0].tolist()
+        return Batch(*(self._upload.start(stream, places) for stream in (self.inputs, self.targets)), drawn[1])
+
+    def _finish(self, batch: Batch) -> Batch:
+        self._upload.finish(batch.inputs, batch.targets)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the orders this is."""

@@ -54,8 +54,8 @@ def capture(
     with _passing_through(blocks, architecture, inputs) as arguments:
         for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
             model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
-            inputs[-1] = storage.store(inputs[-1], device)
-    return check_finite(torch.cat(inputs)), arguments
+            inputs[-1] = inputs[-1].to("cpu" if storage.place == "host" else device, storage.torch_dtype)
+    return check_finite(storage.store(torch.cat(inputs), device)), arguments
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def run(
     Returns:
         A new stream like the given one; :func:`check_finite` says whether its dtype could hold it.
     """
-    result = torch.empty_like(stream)
+    result = torch.empty_like(stream, pin_memory=stream.is_pinned())
     start = 0
     while start < len(stream):
         with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
