@@ -155,3 +155,22 @@ def test_fit_and_load_online(
         broken = ours(ids).logits
     assert torch.isfinite(reference).all()
     assert (reference - full).norm() < 0.5 * (broken - full).norm(), "the products belong to the weights"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "phi3", "gpt_neox", "bloom"])
+def test_fit_and_load_with_kronecker_products(
+    directory: Path, fit: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """Experts, fused linears, partial rotary embedding, and attention without a place for rounded keys."""
+    scheme = "w4a4sym" if name == "bloom" else "w4a4kv4sym"
+    run = fit(scheme, tmp_path / "run", f"--model.pretrained={directory}", config="affinequant-online.yaml")
+    ids = torch.arange(2 * 24).reshape(2, 24) * 7 % 96
+    ours, _, read_scheme = open_model(str(run / "checkpoint"), torch.float32)
+    full = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits
+    reference = ours(ids).logits
+    for _, online in carried(ours):
+        for tensor in online.parameters():
+            tensor.copy_(tensor.roll(1, -1))
+    assert str(read_scheme) == scheme and torch.isfinite(reference).all()
+    assert (reference - full).norm() < 0.5 * (ours(ids).logits - full).norm(), "the products belong to the weights"

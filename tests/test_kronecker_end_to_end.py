@@ -58,7 +58,8 @@ def test_products_are_stored(run: Path) -> None:
 
 def test_the_run_is_better_than_its_start_and_than_rounding(run: Path) -> None:
     for block in json.loads((run / "results.json").read_text())["blocks"]:
-        assert block["outcome"] == "trained" and block["loss"] < min(block["initial_loss"], block["rtn_loss"])
+        assert block["outcome"] in ("trained", "first epoch")
+        assert block["loss"] < min(block["initial_loss"], block["rtn_loss"])
 
 
 def test_cost_is_that_of_the_small_matrices(run: Path) -> None:

@@ -19,8 +19,9 @@ Form = Literal["free", "orthogonal", "ldu", "svd", "fixed"]
 """``free``: every entry is trained, inverted with pivoting. ``orthogonal``: Cayley's map of a skew matrix. ``ldu``:
 unit triangles around a positive diagonal. ``svd``: two orthogonal matrices around positive singular values, FlatQuant's
 default. ``fixed``: nothing is trained."""
-Start = Literal["identity", "random", "hadamard"]
-"""``random``: orthogonal, uniformly distributed (Haar's measure)."""
+Start = Literal["identity", "random", "hadamard", "flat"]
+"""``random``: orthogonal, uniformly distributed (Haar's measure); ``hadamard``: all entries equally great, refused for
+sizes without such a matrix; ``flat``: that where there is one, random elsewhere."""
 
 
 class Free(nn.Module):
@@ -128,7 +129,7 @@ def _start(size: int, start: Start, seed: int) -> Tensor:
     """(size, size), orthogonal."""
     if start == "identity" or size == 0:
         return torch.eye(size, dtype=torch.float64)
-    if start == "random":
+    if start == "random" or start == "flat" and not has_hadamard(size):
         generator = torch.Generator().manual_seed(seed)
         orthogonal, triangle = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
         return orthogonal * triangle.diagonal().sign()  # makes QR's answer unique, hence Haar-distributed

@@ -92,7 +92,8 @@ def test_every_form_starts_orthogonal(form: str, start: str) -> None:
     matrix = explicit(Kronecker(SiteShape(1, 32), form=form, start=start), 32)
     assert_close("A Aᵀ", torch.eye(32, dtype=torch.float64), matrix @ matrix.mT, 1e-14)
     assert torch.equal(matrix, torch.eye(32, dtype=torch.float64)) == (start == "identity")
-    assert start != "hadamard" or bool(torch.allclose(matrix.abs(), torch.tensor(32**-0.5).double()))
+    flat = start in ("hadamard", "flat")
+    assert not flat or bool(torch.allclose(matrix.abs(), torch.tensor(32**-0.5).double()))
     assert len(list(Kronecker(SiteShape(1, 32), form, start).parameters())) == 0 or form != "fixed"
 
 
@@ -144,6 +145,14 @@ def test_hadamard_matrices(size: int) -> None:
 
 def test_orders_without_a_hadamard_matrix_are_known() -> None:
     assert not any(has_hadamard(size) for size in (0, 3, 6, 10, 14, 18, 86, 172))
+
+
+def test_a_flat_start_is_random_where_there_is_no_hadamard_matrix() -> None:
+    """86 · 128, the nearest divisors of 11008: only the second has one."""
+    factor = Kronecker(SiteShape(1, 11008), start="flat")
+    left, right = (side()[0][0].detach() for side in (factor.left, factor.right))
+    assert torch.equal(left, Kronecker(SiteShape(1, 11008)).left()[0][0].detach())
+    assert torch.equal(right, hadamard(128))
 
 
 def test_bad_requests() -> None:
