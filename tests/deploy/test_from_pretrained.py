@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from aq_lightning import deploy
+from aq_lightning.attention import attentions
 from aq_lightning.deploy import Int4Linear
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import LAYOUT_NOTE
@@ -136,6 +137,17 @@ def test_online_products_are_included(checkpoint: Callable[..., Path], scheme: s
     assert (model(IDS).logits - expected(directory)).abs().max() > 1e-3, "negative control"
 
 
+@pytest.mark.parametrize("scheme", ["w4a16kv4", "w4a4kv3"])
+@torch.no_grad()
+def test_keys_and_values_are_rounded(checkpoint: Callable[..., Path], scheme: str) -> None:
+    directory = checkpoint(scheme, online=True)
+    model = open_packed(directory)
+    assert_close(scheme, expected(directory), model(IDS).logits, tolerance(scheme))
+    for attention in attentions(model):
+        attention.attention_hooks = []
+    assert (model(IDS).logits - expected(directory)).abs().max() > 1e-3, "negative control"
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("scheme", ["w3a16g32", "w4a8sym", "w8a8sym"])
 def test_what_is_saved_is_what_was_loaded(
@@ -232,7 +244,7 @@ def test_dequantized_again(checkpoint: Callable[..., Path]) -> None:
     assert_close("dequantized", expected(directory), model.float()(IDS).logits, 1e-6)
 
 
-@pytest.mark.parametrize("scheme, online", [("w4a16g32", False), ("w4a8", True)])
+@pytest.mark.parametrize("scheme, online", [("w4a16g32", False), ("w4a8", True), ("w4a16kv4", True)])
 @torch.no_grad()
 def test_compiles_as_one_graph(checkpoint: Callable[..., Path], scheme: str, online: bool) -> None:
     directory = checkpoint(scheme, online=online)
