@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from aq_lightning.export.loading import open_model
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.qtensor import QTensor, encode, grid_of
-from aq_lightning.quantizers import quantized_activations
+from aq_lightning.quantizers import quantized as rounding
 from aq_lightning.scheme import Scheme
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 7 % 94 + 1
@@ -37,5 +37,5 @@ def quantized(model: PreTrainedModel, scheme: Scheme, storage: torch.dtype = tor
 def expected(directory: Path) -> Tensor:
     """Logits of the dequantized model in float32, its activations rounded."""
     model, _, scheme = open_model(str(directory), torch.float32)
-    with quantized_activations([model.get_submodule(architecture_of(model.config).blocks)], scheme.activation):
+    with rounding([model.get_submodule(architecture_of(model.config).blocks)], scheme):
         return model(IDS).logits

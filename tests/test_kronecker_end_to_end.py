@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close, relative_error
+from transformers import AutoModelForCausalLM
 
+from aq_lightning import deploy
 from aq_lightning.cli import main
 from aq_lightning.export.compressed_tensors import read
-from aq_lightning.transforms.online import carrier
+from aq_lightning.export.loading import open_model
+from aq_lightning.quantizers import quantized
+from aq_lightning.transforms.online import carried, carrier
 
 CONFIG = "affinequant-online.yaml"
 SCHEMES = ["w4a4", "w4a4kv4"]
@@ -100,3 +105,19 @@ def test_the_cache_is_a_part_of_the_checkpoint(run: Path, text_file: Path, tmp_p
     )
     differs = last_row(tmp_path / "scored", "test.json")["perplexity"] != last_row(run)["perplexity"]
     assert differs == cached(run)
+
+
+@torch.no_grad()
+def test_transformers_with_this_package_runs_it(run: Path) -> None:
+    """Packed, and joined; 4-bit rounding magnifies sums in another order."""
+    directory, ids = run / "checkpoint", torch.arange(2 * 24).reshape(2, 24) * 7 % 96
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reference, _, scheme = open_model(str(directory), torch.float32)
+    with quantized(reference.model.layers, scheme):
+        expected = reference(ids).logits
+    assert_close("packed", expected, model(ids).logits, 0.2)
+    assert_close("joined", expected, deploy.fuse(model)(ids).logits, 0.2)
+    for _, online in carried(model):
+        for tensor in online.parameters():
+            tensor.copy_(torch.randn_like(tensor) / tensor.shape[-1] ** 0.5)
+    assert relative_error(expected, model(ids).logits) > 0.5, "negative control"

@@ -1,9 +1,10 @@
 """Checkpoints that this package wrote, as transformers' ``from_pretrained`` loads them: packed, on the kernels.
 
-A checkpoint with online products names this package in its ``config.json`` (``quant_method`` ``aq_lightning``), and
-importing this module registers who reads it. Any other is an ordinary compressed-tensors checkpoint, which transformers
-gives to the package of that name; :func:`enable` says that those of integer weights run here from now on. Importing
-changes nothing for them: other code in the same process may count on what it loaded before.
+A checkpoint with online products, or quantized keys and values, names this package in its ``config.json``
+(``quant_method`` ``aq_lightning``), and importing this module registers who reads it. Any other is an ordinary
+compressed-tensors checkpoint, which transformers gives to the package of that name; :func:`enable` says that those of
+integer weights run here from now on. Importing changes nothing for them: other code in the same process may count on
+what it loaded before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from aq_lightning.attention import attentions, hook_attention
 from aq_lightning.deploy.linear import Int4Linear
 from aq_lightning.deploy.stored import Headers, stored_state
 from aq_lightning.errors import RequestError
@@ -28,6 +32,7 @@ from aq_lightning.export.compressed_tensors import LAYOUT_NOTE
 from aq_lightning.export.compressed_tensors_config import METHOD, scheme_of, split_config
 from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.weights import INDEX, SINGLE, with_stem
+from aq_lightning.quantizers.activations import quantize_cache
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms.online import carrier, carry_stored
 
@@ -45,13 +50,9 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, **section: Any) -> None:
         self.section = section
         self.quant_method = METHOD
-        inner, self.online, key_value = split_config(section)
-        if key_value is not None:
-            raise RequestError(
-                f"A packed model keeps keys and values in full precision, got a grid of {key_value.bits} bits: open "
-                "it dequantized, with aq_lightning.export.loading.open_model."
-            )
-        self.scheme: Scheme = scheme_of(inner)
+        inner, _, key_value = split_config(section)
+        self.own = inner is not section  # what nobody else runs: online products, quantized keys and values
+        self.scheme: Scheme = replace(scheme_of(inner), key_value=key_value)
         self.layout: Layout | None = None  # until the weights' files say it
 
     @classmethod
@@ -80,7 +81,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _find_weights(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Files of a model with online products are named so that nobody else takes them."""
-        if self.quantization_config.online:
+        if self.quantization_config.own:
             single, index = with_stem(SINGLE, METHOD), with_stem(INDEX, METHOD)
             sharded = cached_file(config._name_or_path, index, _raise_exceptions_for_missing_entries=False)
             config.transformers_weights = single if sharded is None else index
@@ -111,19 +112,22 @@ class PackedQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.pack(self.quantization_config.layout)
+        grid = self.quantization_config.scheme.key_value
+        for attention in attentions(model) if grid is not None else ():
+            hook_attention(attention, partial(quantize_cache, grid=grid))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: the tensors of the checkpoint that was loaded.
 
         Raises:
-            RequestError: the model has online products.
+            RequestError: the model has online products, or quantized keys and values.
         """
         config = self.quantization_config
-        if config.online:
+        if config.own:
             raise RequestError(
-                "A model with online products is saved under names that nothing else takes for its own, got "
-                "save_pretrained, which has only its own: copy the directory that it was loaded from."
+                "A model that only this package runs is saved under names that nothing else takes for its own, got "
+                "save_pretrained, which has only those: copy the directory that it was loaded from."
             )
         layout = config.layout or "padded"
         return stored_state(model, config.scheme, layout), {LAYOUT_NOTE: layout}

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -86,7 +86,7 @@ class Service:
         return JSONResponse(shape.whole(*whole.result(), used))
 
 
-async def _collected(pieces: AsyncIterator[Piece]) -> tuple[str, Piece]:
+async def _collected(pieces: AsyncGenerator[Piece, None]) -> tuple[str, Piece]:
     """The text of all pieces, and the last of them."""
     text, last = "", Piece("", 0, None)
     async with aclosing(pieces):
@@ -109,7 +109,7 @@ class _Shape:
         choice = {"index": 0, **said, "finish_reason": last.ended, "logprobs": None}
         return {**self._head, "object": self._kind, "choices": [choice], "usage": _usage(used, last.tokens)}
 
-    async def stream(self, pieces: AsyncIterator[Piece], used: int | None) -> AsyncIterator[str]:
+    async def stream(self, pieces: AsyncGenerator[Piece, None], used: int | None) -> AsyncIterator[str]:
         """Server-sent events; with the count of the prompt's tokens, the last tells how many there were."""
         if self._chat:
             yield self._event({"role": "assistant", "content": ""}, None)

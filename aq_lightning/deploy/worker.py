@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -40,7 +40,7 @@ class Worker:
         """Calls ``arguments[0]`` with the others on the thread, behind those who wait."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, *arguments)
 
-    async def pieces(self, prompt: str | list[dict[str, str]], limits: Limits) -> AsyncIterator[Piece]:
+    async def pieces(self, prompt: str | list[dict[str, str]], limits: Limits) -> AsyncGenerator[Piece, None]:
         """The answer as it comes; close the iterator to give up the place."""
         loop, left = asyncio.get_running_loop(), threading.Event()
         queue: asyncio.Queue[Piece | None] = asyncio.Queue()
@@ -73,7 +73,7 @@ class Worker:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-async def until(pieces: AsyncIterator[Piece], stops: list[str]) -> AsyncIterator[Piece]:
+async def until(pieces: AsyncGenerator[Piece, None], stops: list[str]) -> AsyncGenerator[Piece, None]:
     """Pieces up to the first of several texts, which is left out; text that may begin one is held back."""
     held = ""
     async with aclosing(pieces):

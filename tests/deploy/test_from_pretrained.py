@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from aq_lightning import deploy
+from aq_lightning.attention import attentions
 from aq_lightning.deploy import Int4Linear
 from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import LAYOUT_NOTE
@@ -95,9 +96,9 @@ def test_several_files(checkpoint: Callable[..., Path], online: bool) -> None:
 @torch.no_grad()
 def test_a_model_without_its_head(checkpoint: Callable[..., Path]) -> None:
     directory = checkpoint("w4a16g32", online=True)
-    headless = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    headless = AutoModel.from_pretrained(directory)
     assert len(packed_linears(headless)) == 14 and len(list(carried(headless))) == 2
-    whole = open_packed(directory)
+    whole = open_packed(directory, dtype="auto")
     assert torch.equal(headless(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
 
 
@@ -133,6 +134,17 @@ def test_online_products_are_included(checkpoint: Callable[..., Path], scheme: s
     assert_close(scheme, expected(directory), model(IDS).logits, tolerance(scheme))
     for _, online in carried(model):
         online[0].inverse.copy_(torch.eye(online[0].inverse.shape[-1]))
+    assert (model(IDS).logits - expected(directory)).abs().max() > 1e-3, "negative control"
+
+
+@pytest.mark.parametrize("scheme", ["w4a16kv4", "w4a4kv3"])
+@torch.no_grad()
+def test_keys_and_values_are_rounded(checkpoint: Callable[..., Path], scheme: str) -> None:
+    directory = checkpoint(scheme, online=True)
+    model = open_packed(directory)
+    assert_close(scheme, expected(directory), model(IDS).logits, tolerance(scheme))
+    for attention in attentions(model):
+        attention.attention_hooks = []
     assert (model(IDS).logits - expected(directory)).abs().max() > 1e-3, "negative control"
 
 
@@ -232,7 +244,7 @@ def test_dequantized_again(checkpoint: Callable[..., Path]) -> None:
     assert_close("dequantized", expected(directory), model.float()(IDS).logits, 1e-6)
 
 
-@pytest.mark.parametrize("scheme, online", [("w4a16g32", False), ("w4a8", True)])
+@pytest.mark.parametrize("scheme, online", [("w4a16g32", False), ("w4a8", True), ("w4a16kv4", True)])
 @torch.no_grad()
 def test_compiles_as_one_graph(checkpoint: Callable[..., Path], scheme: str, online: bool) -> None:
     directory = checkpoint(scheme, online=online)
