@@ -99,8 +99,8 @@ def quantize(
 class _Call(CommandLine):
     """The command line, except that a wrong argument raises."""
 
-    def init_parser(self, guards: bool = False, scores: bool = False, **options: Any) -> LightningArgumentParser:
-        return super().init_parser(guards, scores, **options, exit_on_error=False)
+    def init_parser(self, options: type | None = None, **settings: object) -> LightningArgumentParser:
+        return super().init_parser(options, **settings, exit_on_error=False)
 
 
 def _model(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, beside: Path) -> str:
