@@ -8,6 +8,7 @@ import sys
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from aq_lightning import distributed
 from aq_lightning.errors import RequestError
@@ -50,7 +51,7 @@ def replicas(strategy: Strategy, subcommand: str) -> Replicas | None:
         return None
     if subcommand != "fit":
         raise RequestError(f"Only fit runs on several devices, got {strategy.world_size}: set --trainer.devices 1.")
-    if type(strategy) is not DDPStrategy or strategy.launcher.is_interactive_compatible:
+    if type(strategy) is not DDPStrategy or not isinstance(strategy.launcher, _SubprocessScriptLauncher):
         raise RequestError(
             f"Several processes share the samples by DDP, got {type(strategy).__name__} with "
             f"{type(strategy.launcher).__name__}: set --trainer.strategy ddp."
