@@ -109,7 +109,7 @@ class Pairs:
 
     def _start(self, drawn: tuple[Tensor, int]) -> Batch:
         places = drawn[0].tolist()
-        return Batch(*(self._upload.start(stream, places) for stream in (self.inputs, self.targets)), drawn[1])
+        return Batch(self._upload.start(self.inputs, places), self._upload.start(self.targets, places), drawn[1])
 
     def _finish(self, batch: Batch) -> Batch:
         self._upload.finish(batch.inputs, batch.targets)
