@@ -46,7 +46,11 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What a process says on its way out with ``code``."""
-    said, errors = process.communicate(timeout=120)
+    try:
+        said, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # of its session: all processes
+        raise
     assert process.returncode == code, errors
     return errors if code else said
 
