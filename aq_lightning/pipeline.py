@@ -17,6 +17,7 @@ from torch import Tensor
 from aq_lightning import distributed
 from aq_lightning.calibration import (
     Inside,
+    Keeper,
     LiveWindow,
     Pairs,
     Position,
@@ -115,24 +116,25 @@ def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
     first, streams = _where_to_go_on(job, [indices.start for indices in plan], streams)
     ahead = [indices for indices in plan if indices.start >= first]
-    for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
-        position = Position(indices.start, plan.index(indices), len(plan))
-        live = LiveWindow(model, blocks, arguments, recipe, job.device)
-        with observed(live.blocks, model.architecture.sites) as activations:
-            full = live.run(streams.full)  # what the full-precision model answers
-        if not job.journal.finished(indices.start):
-            same_input = live.run(streams.quantized) if recipe.objective.same_input else None
-            target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
+    with Keeper(job.journal) as keeper:
+        for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
+            position = Position(indices.start, plan.index(indices), len(plan))
+            live = LiveWindow(model, blocks, arguments, recipe, job.device)
+            with observed(live.blocks, model.architecture.sites) as activations:
+                full = live.run(streams.full)  # what the full-precision model answers
+            if not job.journal.finished(indices.start):
+                same_input = live.run(streams.quantized) if recipe.objective.same_input else None
+                target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
+                with quantized(live.blocks, recipe.scheme):
+                    calibrate(job, live, position, activations, streams, target, share)
+                del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                calibrate(job, live, position, activations, streams, target, share)
-            del target, same_input  # two streams stay between windows
-        with quantized(live.blocks, recipe.scheme):
-            packed = job.journal.weights(indices.start)
-            live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
-            streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
-        live.release()
-        if job.guards.keep_streams and indices is not plan[-1]:
-            job.journal.keep(indices.stop, streams)
+                packed = job.journal.weights(indices.start)
+                live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
+                streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
+            live.release()
+            if job.guards.keep_streams and indices is not plan[-1]:
+                keeper.keep(indices.stop, streams)
 
 
 def check_windows(windows: Tensor, vocabulary: int) -> None:

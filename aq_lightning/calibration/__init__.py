@@ -16,6 +16,7 @@ from aq_lightning.calibration.fit import Fit as Fit
 from aq_lightning.calibration.fit import fit as fit
 from aq_lightning.calibration.inside import Inside as Inside
 from aq_lightning.calibration.interruption import Stopping as Stopping
+from aq_lightning.calibration.keeping import Keeper as Keeper
 from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
 from aq_lightning.calibration.observe import Ranges as Ranges

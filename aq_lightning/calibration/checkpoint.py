@@ -213,16 +213,16 @@ class RunDirectory:
         """Packed weights of a finished window."""
         return load_file(self._block(block) / _WEIGHTS)
 
-    def keep(self, block: int, streams: Streams) -> None:
-        """Keeps the streams that enter the window that starts at ``block``, instead of those kept before."""
+    def write_streams(self, block: int, streams: Streams) -> None:
+        """Writes the streams that enter the window that starts at ``block``, which are whole or absent."""
         target = self._streams(block)
         remove(target)
         with sealed(target, {"after": self._sum_before(block)}) as partial:
             save_tensors(partial / _STREAMS, vars(streams))
-        self.drop_streams(target)
 
-    def drop_streams(self, target: Path) -> None:
-        """Removes all kept streams but those in ``target``."""
+    def drop_streams(self, but: int) -> None:
+        """Removes all kept streams but those that enter the window that starts at ``but``."""
+        target = self._streams(but)
         for other in target.parent.iterdir():
             if other != target:
                 remove(other)
@@ -284,7 +284,7 @@ class RunDirectory:
 
     def _sum_before(self, block: int) -> str | None:
         """Sum of the weights of the window before ``block``."""
-        before = [index for index in self._manifests if index < block]
+        before = [index for index in tuple(self._manifests) if index < block]  # to which another thread may add
         return self._manifests[max(before)]["files"][_WEIGHTS]["sha256"] if before else None
 
 

@@ -39,9 +39,9 @@ class SharedRunDirectory(RunDirectory):
             self._manifests.pop(block, None)
         return answer
 
-    def drop_streams(self, target: Path) -> None:
+    def drop_streams(self, but: int) -> None:
         distributed.wait()  # until every process has the new ones
-        super().drop_streams(target)
+        super().drop_streams(but)
 
     def has_streams(self, start: int) -> bool:
         return not distributed.anyone(not super().has_streams(start))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from torch import Tensor
 
 from aq_lightning import durable
-from aq_lightning.calibration import RunDirectory, Streams, checkpoint
+from aq_lightning.calibration import Keeper, RunDirectory, Streams, checkpoint
 from aq_lightning.errors import RequestError
 
 CONFIG = "model:\n  scheme: w4a16\n  batch_size: 4\n"
@@ -117,11 +120,16 @@ def test_blocks_behind_one_that_is_made_again_stay_only_if_it_is_the_same(run: R
     assert (run.path / "blocks/0002").exists() is same
 
 
+def keep(run: RunDirectory, block: int, streams: Streams) -> None:
+    with Keeper(run) as keeper:
+        keeper.keep(block, streams)
+
+
 def test_streams_are_kept_for_the_window_at_work_alone(run: RunDirectory) -> None:
     assert run.kept([0, 1, 2]) is None
     for block in (0, 1):
         commit(run, block)
-        run.keep(block + 1, streams(block + 1.0))
+        keep(run, block + 1, streams(block + 1.0))
         assert [path.name for path in (run.path / "streams").iterdir()] == [f"{block + 1:04d}"]
     other, _ = again(run)
     start, found = other.kept([0, 1, 2])
@@ -131,16 +139,47 @@ def test_streams_are_kept_for_the_window_at_work_alone(run: RunDirectory) -> Non
 
 def test_streams_that_are_damaged_or_behind_other_blocks_are_not_used(run: RunDirectory) -> None:
     commit(run, 0)
-    run.keep(1, streams(1.0))
+    keep(run, 1, streams(1.0))
     (run.path / "blocks/0000/weights.safetensors").unlink()
     other, _ = again(run)
     assert other.kept([0, 1]) is None, "block 0 is made again first"
     commit(other, 0, w=torch.zeros(1))
     assert other.kept([0, 1]) is None, "these streams came out of another block 0"
-    other.keep(1, streams(3.0))
+    keep(other, 1, streams(3.0))
     file = run.path / "streams/0001/streams.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert other.kept([0, 1]) is None
+
+
+def test_streams_are_written_while_the_window_is_at_work(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before stay until the new ones are whole; what goes wrong is raised, and nothing is half there."""
+    begun, go_on, write = Event(), Event(), durable.save_tensors
+
+    def slow(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        write(path, tensors)
+
+    commit(run, 0)
+    with Keeper(run) as keeper:
+        keeper.keep(1, streams(1.0))
+        keeper.finish()
+        commit(run, 1)
+        monkeypatch.setattr(checkpoint, "save_tensors", slow)
+        keeper.keep(2, streams(2.0))
+        assert begun.wait(20)
+        assert run.kept([0, 1, 2])[0] == 1
+        go_on.set()
+    assert again(run)[0].kept([0, 1, 2])[0] == 2
+    assert [path.name for path in (run.path / "streams").iterdir()] == ["0002"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    with pytest.raises(OSError, match="No space left"), Keeper(run) as keeper:
+        keeper.keep(2, streams(3.0))
+    assert not list((run.path / "streams").iterdir())
 
 
 def test_damaged_result_is_removed(run: RunDirectory) -> None:
