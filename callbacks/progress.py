@@ -45,8 +45,10 @@ class Progress(Callback):
                 epoch=f"{trainer.current_epoch + 1}/{trainer.max_epochs}",
                 loss="-" if loss is None else f"{float(loss):.3g}",
                 memory=f"{peak_memory(pl_module.device) / 1e9:.1f}GB",
+                refresh=False,
             )
             self.bar.update()
+            self.bar.refresh()  # however short an epoch is
 
     def on_fit_end(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
         if self.bar is not None and pl_module.position.window + 1 == pl_module.position.windows:
