@@ -47,7 +47,7 @@ docs: setup ## build the documentation into site/, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(VENV) -m mkdocs build --quiet --strict
 
 test: lint docs ## check style, types and documentation, then run the tests
-	$(VENV) -m pytest
+	OMP_NUM_THREADS=1 $(VENV) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 clean: ## remove caches and build files; .venv and runs stay
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
