@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aq_lightning.calibration import BlockCalibration, LiveWindow, Pairs, Position, capture, observed
+from aq_lightning.calibration.streams import to_device
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.loading import Pretrained, Source
@@ -189,7 +190,7 @@ class Bench:
             pretrained = Pretrained(Source("random"), LlamaForCausalLM(config).eval().requires_grad_(False), None, SPEC)
         storage = replace(recipe_of("rtn.yaml", "w4a16").streams, dtype=str(dtype).removeprefix("torch."))
         stream, arguments = capture(pretrained.shell(), tokens(), storage, self.device)
-        return pretrained, stream, {name: _moved(value, self.device) for name, value in arguments[0].items()}
+        return pretrained, stream, to_device(arguments[0], self.device)
 
     def peak(self) -> float:
         """GiB of the GPU's memory; not a number elsewhere."""
@@ -255,12 +256,6 @@ def tokens() -> Tensor:
     return torch.randint(256, (HELD, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def _moved(value: object, device: torch.device) -> object:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return type(value)(_moved(each, device) for each in value) if isinstance(value, (tuple, list)) else value
-
-
 def _cast(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
@@ -278,6 +273,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", message=".*steps cannot be recorded")  # such a time is another thing's
     if given.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.batch} × {LENGTH} tokens a step\n")
     print("| shape | method | ms a step | × the block | GiB | minutes for the model | s to the first step |")
