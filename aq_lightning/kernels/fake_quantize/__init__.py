@@ -24,7 +24,9 @@ def fused(request: Request) -> tuple[Tensor, Tensor]:
     """:func:`fake_quantize` by the kernel, whatever the device."""
     *tensors, grid, storage, rounding_only, dtype = request
     tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]  # as the kernel walks them
-    return _operator(*tensors, grid.bits, grid.symmetric, storage, rounding_only, dtype)
+    storage = storage or torch.float32
+    rounded, gain, _ = _operator(*tensors, grid.bits, grid.symmetric, storage, rounding_only, dtype)
+    return rounded, gain
 
 
 @torch.library.custom_op("aq_lightning::fake_quantize", mutates_args=())
@@ -41,24 +43,23 @@ def _operator(
     storage: torch.dtype,
     rounding_only: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    from aq_lightning.kernels.fake_quantize import triton
+) -> tuple[Tensor, Tensor, Tensor]:
+    from aq_lightning.kernels.fake_quantize.forward import forward
 
     grid = Grid(bits, symmetric=symmetric)
-    return triton.forward(
-        Request(value, rows, columns, low, high, direction, offset, grid, storage, rounding_only, dtype)
-    )
+    return forward(Request(value, rows, columns, low, high, direction, offset, grid, storage, rounding_only, dtype))
 
 
 @_operator.register_fake
 def _(value, rows, columns, low, high, direction, offset, bits, symmetric, storage, rounding_only, dtype):
-    return value.new_empty(value.shape, dtype=dtype), low.new_empty(value.shape[0])
+    return value.new_empty(value.shape, dtype=dtype), low.new_empty(value.shape[0]), low.new_empty((*low.shape, 4))
 
 
 @torch.library.custom_op("aq_lightning::fake_quantize_backward", mutates_args=())
 def _backward_operator(
     d_rounded: Tensor,
     d_gain: Tensor,
+    found: Tensor,
     value: Tensor,
     rows: Tensor | None,
     columns: Tensor | None,
@@ -72,17 +73,18 @@ def _backward_operator(
     rounding_only: bool,
     needs_value: bool,
 ) -> list[Tensor]:
-    from aq_lightning.kernels.fake_quantize import triton
+    from aq_lightning.kernels.fake_quantize.backward import backward
 
     grid = Grid(bits, symmetric=symmetric)
     request = Request(value, rows, columns, low, high, direction, offset, grid, storage, rounding_only, d_rounded.dtype)
-    return triton.backward(request, d_rounded, d_gain, needs_value)
+    return backward(request, found, d_rounded, d_gain, needs_value)
 
 
 @_backward_operator.register_fake
 def _(
     d_rounded,
     d_gain,
+    found,
     value,
     rows,
     columns,
@@ -105,13 +107,13 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, _ = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(output[2], *tensors)
 
 
-def _backward(ctx, d_rounded: Tensor, d_gain: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, needs_value = ctx.saved_tensors, ctx.needs_input_grad[0]
+def _backward(ctx, d_rounded: Tensor, d_gain: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (found, *tensors), needs_value = ctx.saved_tensors, ctx.needs_input_grad[0]
     gradients = _backward_operator(
-        d_rounded, d_gain, *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, needs_value
+        d_rounded, d_gain, found, *tensors, ctx.bits, ctx.symmetric, ctx.storage, ctx.rounding_only, needs_value
     )
     wanted = zip(gradients, tensors, ctx.needs_input_grad[:7], strict=True)
     return *(gradient.to(tensor.dtype) if needed else None for gradient, tensor, needed in wanted), *[None] * 5
