@@ -123,8 +123,7 @@ class BlockCalibration(Captured):
             for quantizer in block.quantizers.values():
                 quantizer.project()
         for matrix in self.matrices():
-            matrix.project()
-            matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.bound()))
+            matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.project()))
         norms = torch._foreach_norm(self._watched)
         self.watch.update([*(matrix.residual for matrix in self.matrices()), self._step_loss, *norms])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics, condition_number
-from aq_lightning.transforms.inverse import TOLERANCE, Method, inverse
+from aq_lightning.transforms.inverse import Method, inverse, tolerance
 from aq_lightning.transforms.online import BlockProduct, Operation, block_product
 
 Schedule = Literal["exact", "paper", "none"]
@@ -62,6 +62,16 @@ def _divided(shape: SiteShape, block: int, online: bool) -> SiteShape:
     return SiteShape(shape.channels // block, block)
 
 
+def _row_sums(matrix: Tensor) -> Tensor:
+    """``Σ|row|``, (…, size, size) → (…, size), in one look at the matrix."""
+    return torch.linalg.vector_norm(matrix, 1, dim=-1)
+
+
+def _varah(diagonal: Tensor, others: Tensor) -> Tensor:
+    """:meth:`Affine.bound` from absolute diagonals and sums of absolute off-diagonals, (blocks, size) each."""
+    return ((diagonal + others).amax(-1) / (diagonal - others).amin(-1).clamp(min=0)).max()
+
+
 class Affine(Factor):
     """One dense matrix per block of channels, ``A ⊙ mask``, starting at the identity.
 
@@ -99,17 +109,22 @@ class Affine(Factor):
         if dominance is not None and not 0 < dominance < 1:
             raise RequestError(f"Affine.dominance lies in (0, 1), got {dominance}: use 0.9, or null for none.")
         if inverse not in get_args(Method):
-            raise RequestError(f"Affine.inverse is lu, newton or pivoted, got {inverse!r}: lu is the fastest.")
+            raise RequestError(f"Affine.inverse is {', '.join(get_args(Method))}, got {inverse!r}: lu is fastest but for "
+                               "one large matrix, where mixed is.")  # fmt: skip
         self.shape = shape
         self.dominance = dominance
         self.stability = stability
         self.method = inverse if dominance is not None else "pivoted"
         self.matrix = nn.Parameter(torch.eye(shape.size, dtype=torch.float64).repeat(shape.blocks, 1, 1))
         self.register_buffer("mask", gradual_mask(shape.size, 0, stability, self.matrix))  # (size, size)
-        last = self.matrix.detach().clone() if self.method == "newton" else None  # (blocks, size, size): an inverse
+        last = self.matrix.detach().clone() if self._follows() else None  # (blocks, size, size): an inverse
         self.register_buffer("last", last, persistent=False)
         for worst in ("residual", "worst_bound"):  # of inverse and bound, since they were zeroed
             self.register_buffer(worst, self.matrix.new_zeros(()), persistent=False)
+
+    def _follows(self) -> bool:
+        """Whether an inverse starts from the last one."""
+        return self.method in ("newton", "mixed")
 
     def initialize(self, statistics: SiteStatistics) -> None:
         """Stays at the identity; scales belong to a :class:`Diagonal` before it."""
@@ -121,27 +136,31 @@ class Affine(Factor):
         return epoch == 0 or width > band_width(epoch - 1, epochs, self.shape.size, schedule)
 
     @torch.no_grad()
-    def project(self) -> None:
+    def project(self) -> Tensor:
         """Scales rows back into dominance; a diagonal entry that training brought below its floor returns to it.
 
         With row sums at most ``dominance`` times a diagonal of at least the floor, Varah's bound
         ``‖A⁻¹‖∞ ≤ 1 / ((1 − dominance) · floor)`` holds after every step.
+
+        Returns:
+            :meth:`bound` of the matrix as it is now.
         """
         if self.dominance is None:
-            return
+            return self.bound()
         diagonal = self.matrix.diagonal(dim1=-2, dim2=-1)  # (blocks, size), a view
         diagonal.clamp_(min=_LEAST_DIAGONAL)
-        sums = self.effective().abs().sum(-1) - diagonal  # (blocks, size)
+        sums = _row_sums(self.effective()) - diagonal  # (blocks, size)
         factor = (self.dominance * diagonal / sums.clamp(min=torch.finfo(sums.dtype).tiny)).clamp(max=1)
         kept = diagonal.clone()
         self.matrix.mul_(factor[..., None])
         diagonal.copy_(kept)
+        return _varah(kept, factor * sums)
 
     def margin(self) -> Tensor:
         """Least ``1 − Σ|off-diagonals| / |diagonal|`` over all rows: positive iff strictly dominant; float64 scalar."""
         matrix = self.effective().detach()
         diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
-        return (1 - (matrix.abs().sum(-1) - diagonal) / diagonal).min()
+        return (1 - (_row_sums(matrix) - diagonal) / diagonal).min()
 
     def bound(self) -> Tensor:
         """Varah's bound on the condition number in the ∞-norm, infinite without dominance; float64 scalar.
@@ -149,9 +168,8 @@ class Affine(Factor):
         ``‖A‖∞ ‖A⁻¹‖∞ ≤ max Σ|row| / min(|diagonal| − Σ|off-diagonals|)`` (Varah 1975), the worst block.
         """
         matrix = self.effective().detach()
-        sums = matrix.abs().sum(-1)  # (blocks, size)
-        gaps = 2 * matrix.diagonal(dim1=-2, dim2=-1).abs() - sums  # (blocks, size)
-        return (sums.amax(-1) / gaps.amin(-1).clamp(min=0)).max()
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()  # (blocks, size)
+        return _varah(diagonal, _row_sums(matrix) - diagonal)
 
     def effective(self) -> Tensor:
         """``A ⊙ mask``, float64 (blocks, size, size)."""
@@ -170,7 +188,7 @@ class Affine(Factor):
     def _inverse(self, matrix: Tensor) -> Tensor:
         """(blocks, size, size). In training the residual is kept, and on a GPU not looked at: see :meth:`doubt`."""
         if not torch.is_grad_enabled():
-            return inverse(matrix, "lu" if self.method == "newton" else self.method)[0]
+            return inverse(matrix, "lu" if self._follows() else self.method)[0]
         found, residual = inverse(matrix, self.method, self.last, wait=not matrix.is_cuda)
         self.residual.copy_(torch.maximum(self.residual, residual.detach()))
         if self.last is not None:
@@ -179,7 +197,7 @@ class Affine(Factor):
 
     def doubt(self) -> bool:
         """Turns to pivoting for good if the inverse was ever out of tolerance; says whether that changes anything."""
-        doubted = self.method != "pivoted" and not float(self.residual) <= TOLERANCE
+        doubted = self.method != "pivoted" and not float(self.residual) <= tolerance(self.method)
         self.method = "pivoted" if doubted else self.method
         return doubted
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.settled import settled
 
 _LEAST = 1e-5  # of scales and of what they are made from, as in SmoothQuant's release
 
@@ -44,7 +45,7 @@ class Diagonal(Factor):
         self.log_scale.data.copy_(scale.log())
 
     def forward(self, dtype: torch.dtype) -> Map:
-        scale = self.log_scale.exp()[:, None].to(dtype)  # (blocks, 1, size)
+        scale = settled(self.log_scale.exp()[:, None], dtype)  # (blocks, 1, size)
         split, join = self.shape.split, self.shape.join
         return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale), diagonal=True)
 

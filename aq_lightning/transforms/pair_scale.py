@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
 from aq_lightning.transforms.rope_pair import rotary_pairs
+from aq_lightning.transforms.settled import settled
 
 
 class PairScale(Factor):
@@ -35,7 +36,7 @@ class PairScale(Factor):
 
     def forward(self, dtype: torch.dtype) -> Map:
         radius = self.log_radius.exp()  # (blocks, pairs + free)
-        scale = torch.cat([radius[:, : self.pairs], radius], dim=1)[:, None].to(dtype)  # (blocks, 1, size)
+        scale = settled(torch.cat([radius[:, : self.pairs], radius], dim=1)[:, None], dtype)  # (blocks, 1, size)
         split, join = self.shape.split, self.shape.join
         return Map(lambda x: join(split(x) / scale), lambda w: join(split(w) * scale), diagonal=True)
 

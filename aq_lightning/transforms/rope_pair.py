@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.base import Factor, Map, SiteStatistics
+from aq_lightning.transforms.settled import settled
 
 
 def rotary_pairs(shape: SiteShape) -> int:
@@ -55,8 +56,8 @@ class RopePair(Factor):
     def forward(self, dtype: torch.dtype) -> Map:
         real, imaginary = self.angle.cos(), -self.angle.sin()  # e^{-iφ}, (blocks, pairs) each
         radius, free = self.log_radius.exp().split((self.pairs, self.shape.size - 2 * self.pairs), dim=1)
-        inverse = ((real / radius).to(dtype), (imaginary / radius).to(dtype), (1 / free).to(dtype))  # 1 / a
-        adjoint = ((real * radius).to(dtype), (imaginary * radius).to(dtype), free.to(dtype))  # conj(a)
+        inverse = [settled(part, dtype) for part in (real / radius, imaginary / radius, 1 / free)]  # 1 / a
+        adjoint = [settled(part, dtype) for part in (real * radius, imaginary * radius, free)]  # conj(a)
         return Map(lambda x: self._times(x, *inverse), lambda w: self._times(w, *adjoint))
 
     def _times(self, x: Tensor, real: Tensor, imaginary: Tensor, free: Tensor) -> Tensor:

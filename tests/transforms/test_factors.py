@@ -322,7 +322,8 @@ def test_projection_keeps_rows_dominant(size, blocks, scale, stability, dominanc
     with torch.no_grad():
         affine.matrix += scale * torch.randn_like(affine.matrix)
     before = affine.effective().detach().clone()
-    affine.project()
+    bound = affine.project()
+    assert_close("bound", affine.bound(), bound, 1e-12)
     matrix = affine.effective().detach()
     assert float(affine.margin()) >= 1 - dominance - 1e-12
     identity = torch.eye(size, dtype=torch.float64).expand_as(matrix)

@@ -14,19 +14,19 @@ from torch import Tensor
 from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import SiteShape
 from aq_lightning.transforms import Affine
-from aq_lightning.transforms.inverse import TOLERANCE, Method, _inverse, inverse
+from aq_lightning.transforms.inverse import MIXED_TOLERANCE, TOLERANCE, Method, _inverse, inverse
 
 METHODS = ["lu", "newton", "pivoted"]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def dominant(blocks: int, size: int, ratio: float = 0.9, device: str = "cpu") -> Tensor:
-    """Random rows whose off-diagonals sum to ``ratio`` of diagonals between 1e-2 and 1e2."""
+def dominant(blocks: int, size: int, ratio: float = 0.9, device: str = "cpu", decades: float = 4) -> Tensor:
+    """Random rows whose off-diagonals sum to ``ratio`` of diagonals that span decades around 1."""
     matrix = torch.randn(blocks, size, size, dtype=torch.float64)
     matrix.diagonal(dim1=-2, dim2=-1).zero_()
     matrix = ratio * matrix / matrix.abs().sum(-1, keepdim=True).clamp(min=1e-300)
     matrix.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return (matrix * 10 ** (4 * torch.rand(blocks, size, 1, dtype=torch.float64) - 2)).to(device)
+    return (matrix * 10 ** (decades * (torch.rand(blocks, size, 1, dtype=torch.float64) - 0.5))).to(device)
 
 
 def near(matrix: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def swap(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64).roll(size // 2, 0)[None]
 
 
-@pytest.mark.parametrize("method, matrix", [("lu", swap(300)), ("newton", swap(6))])
+@pytest.mark.parametrize("method, matrix", [("lu", swap(300)), ("newton", swap(6)), ("mixed", swap(6))])
 def test_what_fails_is_noticed_and_done_again(method: Method, matrix: Tensor) -> None:
     start = torch.eye(matrix.shape[-1], dtype=torch.float64)[None]
     found, residual = inverse(matrix, method, start, wait=False)
@@ -122,6 +122,30 @@ def test_what_fails_is_noticed_and_done_again(method: Method, matrix: Tensor) ->
 def test_a_singular_matrix_is_noticed() -> None:
     for singular in (torch.zeros(1, 4, 4, dtype=torch.float64), torch.ones(2, 3, 3, dtype=torch.float64)):
         assert not float(inverse(singular)[1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("size", [1, 7, 131, 300])
+def test_mixed_precision_stays_within_its_bound(size: int, precision: str, device: str) -> None:
+    """Whatever torch lets float32 products be, and so does the derivative; wilder rows it does not pass off as done."""
+    matrix = dominant(3, size, 0.8, device=device, decades=1).requires_grad_()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found, bound = inverse(matrix, "mixed", near(matrix.detach()), wait=False)
+        weight = torch.randn_like(found)
+        (own,) = torch.autograd.grad((found * weight).sum(), matrix)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    identity = torch.eye(size, dtype=torch.float64, device=device)
+    residual = (identity - matrix @ found).abs().sum(-1).max().detach()
+    assert float(residual) <= float(bound.detach()) <= MIXED_TOLERANCE
+    (exact,) = torch.autograd.grad((torch.linalg.inv(matrix) * weight).sum(), matrix)
+    assert_close("gradient", exact, own, 1e-2 if precision == "high" else 1e-4)
+    wild = dominant(3, size, 0.8, device=device, decades=8)
+    found, bound = inverse(wild, "mixed", near(wild), wait=False)
+    assert float((identity - wild @ found).abs().sum(-1).max()) <= float(bound)
 
 
 def test_newton_follows_training() -> None:
@@ -162,7 +186,7 @@ def test_the_file_does_not_change_with_the_method(method: Method) -> None:
 
 
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(RequestError, match="lu, newton or pivoted, got 'cholesky'"):
+    with pytest.raises(RequestError, match="lu, mixed, newton, normal, pivoted, got 'cholesky'"):
         Affine(SiteShape(1, 4), inverse="cholesky")
 
 
