@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock
+from aq_lightning.calibration.batches import Batch
 from aq_lightning.calibration.best import Best, State
 from aq_lightning.calibration.captured import Captured
+from aq_lightning.calibration.compiled import answer_plainly, compiled_answer
 from aq_lightning.calibration.optimization import OFFSET, optimization
+from aq_lightning.calibration.products import products
 from aq_lightning.calibration.random_state import random_state, restore_random_state
 from aq_lightning.calibration.streams import Arguments
 from aq_lightning.calibration.watch import Cause, Quantity, Watch
@@ -80,7 +83,7 @@ class BlockCalibration(Captured):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
-        answer = _compiled() if self._wanted(self.recipe.compiled) else _answer
+        answer = compiled_answer() if self._wanted(self.recipe.compiled) else answer_plainly
         for block, others in zip(self.blocks, self.arguments, strict=True):
             hidden = answer(block, hidden, others)
         return hidden
@@ -88,6 +91,19 @@ class BlockCalibration(Captured):
     def objective(self, hidden: Tensor, target: Tensor) -> Tensor:
         dtype = next(self.blocks[0].block.parameters()).dtype
         return self.recipe.objective.loss(self(hidden.to(dtype)), target)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        with self._products():
+            return super().training_step(batch, batch_idx)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self._products():
+            super().backward(loss, *args, **kwargs)
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Weights that linears read in 16 bits are transformed with as many digits."""
+        dtype = torch.float16 if "16" in str(self.trainer.precision) else torch.float32
+        return products(dtype, self.device)
 
     def on_fit_start(self) -> None:
         index, places = self.position.index, self._places()
@@ -268,25 +284,6 @@ def _quantity(name: str, index: int) -> Quantity:
     """What a parameter is called in reports, such as ``0.transforms.value_output.factors.1.matrix``."""
     block, _, site, *rest = name.split(".")
     return Quantity(index + int(block), site.replace("/", "."), rest[-1])
-
-
-def _answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
-    return block(hidden, **others)
-
-
-@cache
-def _compiled() -> Callable[[AttachedBlock, Tensor, Arguments], Tensor]:
-    """One compiled function for the process: blocks of one shape, and with hooks of one kind, share its code.
-
-    Every shape gets its own: code that serves several would depend on which came first, and its sums with it.
-    """
-    compiled = torch.compile(_answer, dynamic=False)
-
-    def answer(block: AttachedBlock, hidden: Tensor, others: Arguments) -> Tensor:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # hooks quantize activations
-            return compiled(block, hidden, others)
-
-    return answer
 
 
 def save_trained(module: BlockCalibration, directory: Path) -> None:

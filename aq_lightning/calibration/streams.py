@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aq_lightning.calibration.call import Arguments, BlockFunction, PerSample, answer
+from aq_lightning.calibration.products import products
 from aq_lightning.errors import RequestError
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.sites import Architecture
@@ -134,7 +135,7 @@ def run(
     while start < len(stream):
         with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
             hidden = stream[start : start + batch_size].to(device, torch.float32)
-            with _products(stream.dtype if device.type == "cuda" else torch.float32):
+            with products(stream.dtype, device):
                 for block, others in zip(blocks, arguments, strict=True):
                     hidden = answer(block, hidden, others)
             result[start : start + batch_size] = hidden
@@ -142,17 +143,6 @@ def run(
             continue
         batch_size = (batch_size + 1) // 2
     return result
-
-
-@contextmanager
-def _products(dtype: torch.dtype) -> Iterator[None]:
-    """Matrix products on a GPU keep as many digits as a stream of that dtype: TensorFloat32 has float16's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if dtype.itemsize > 2 else "high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:

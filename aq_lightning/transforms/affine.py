@@ -109,8 +109,10 @@ class Affine(Factor):
         if dominance is not None and not 0 < dominance < 1:
             raise RequestError(f"Affine.dominance lies in (0, 1), got {dominance}: use 0.9, or null for none.")
         if inverse not in get_args(Method):
-            raise RequestError(f"Affine.inverse is {', '.join(get_args(Method))}, got {inverse!r}: lu is fastest but for "
-                               "one large matrix, where mixed is.")  # fmt: skip
+            known = ", ".join(get_args(Method))
+            raise RequestError(
+                f"Affine.inverse is one of {known}, got {inverse!r}: use lu, or mixed for large matrices."
+            )
         self.shape = shape
         self.dominance = dominance
         self.stability = stability

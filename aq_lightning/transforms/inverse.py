@@ -35,16 +35,17 @@ def inverse(
         matrix: float64 (…, size, size).
         method: ``lu``, elimination without pivoting, which strictly diagonally dominant matrices do not need;
             ``newton``, ``X ← X + X (I − A X)`` from ``start``; ``mixed``, the same with float32 products, TensorFloat32
-            if torch lets them be, but for the last residual, with the least work for one large matrix; ``normal``, ``(Aᵀ A)⁻¹ Aᵀ`` with elimination, which
-            positive definite matrices allow, and one of Newton's steps, for condition numbers up to about 10⁵;
-            ``pivoted``, for any matrix, as torch.linalg.inv. CUDA graphs can record all but the last.
+            if torch lets them be, but for the last residual: the least work for one large matrix; ``normal``,
+            ``(Aᵀ A)⁻¹ Aᵀ`` with elimination, which positive definite matrices allow, and one of Newton's steps, for
+            condition numbers up to about 10⁵; ``pivoted``, for any matrix, as torch.linalg.inv. CUDA graphs can record
+            all but the last.
         start: where Newton's iteration starts, an inverse of almost this matrix, shape of ``matrix``.
         wait: whether to look at the residual and, where it is beyond :data:`TOLERANCE`, to invert with pivoting. Costs
             nothing on a CPU; on a GPU the host waits for the device.
 
     Returns:
-        ``X``, shape of ``matrix``, differentiable once in ``matrix``; and ``‖I − A X‖∞``, of ``mixed`` a bound on it, the
-        worst, a scalar.
+        ``X``, shape of ``matrix``, differentiable once in ``matrix``; and ``‖I − A X‖∞``, a bound on it for ``mixed``,
+        the worst, a scalar.
     """
     return _inverse(matrix, start, method, wait)
 

@@ -186,7 +186,7 @@ def test_the_file_does_not_change_with_the_method(method: Method) -> None:
 
 
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(RequestError, match="lu, mixed, newton, normal, pivoted, got 'cholesky'"):
+    with pytest.raises(RequestError, match="one of lu, mixed, newton, normal, pivoted, got 'cholesky'"):
         Affine(SiteShape(1, 4), inverse="cholesky")
 
 
