@@ -8,7 +8,9 @@ In one run on one GPU, 1 × 2048 tokens a step unless told otherwise:
 * ``dense``: configs/affinequant-dense.yaml, the paper's matrices behind both norms, at w4a16g128.
 
 Steps of ours are timed from one batch to the next, everything between them included. Prints a markdown table; a method
-whose loss is not finite has no time. ``--profile DIRECTORY`` writes what each step's time went to.
+whose loss is not finite has no time. ``--profile DIRECTORY`` writes what each step's time went to. ``--samples 128``
+holds the streams of a whole calibration, ``--place host`` in pinned memory of the host, from where each batch is
+uploaded ahead of its step.
 
     python benchmarks/calibration.py --shapes llama-7b llama-3-8b
 """
@@ -45,7 +47,6 @@ from callbacks import GradualMask
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, EPOCHS, LENGTH = 128, 20, 2048  # of a whole calibration: the paper's
-HELD = 16  # samples in the streams of this benchmark
 WARM_UP = 8  # steps
 
 
@@ -94,10 +95,15 @@ class Bench:
         batch: samples in a step.
         steps: that are timed.
         profile: directory for profiles; None: none.
+        samples: in the streams.
+        place: of the streams, ``device`` or ``host``.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, batch: int, steps: int, profile: Path | None) -> None:
+    def __init__(
+        self, shape: Shape, device: torch.device, batch: int, steps: int, profile: Path | None, samples: int, place: str
+    ) -> None:
         self.shape, self.device, self.batch, self.steps, self.profile = shape, device, batch, steps, profile
+        self.samples, self.place = samples, place
 
     def run(self, method: str, **changes: object) -> Timing:
         """Times one method."""
@@ -152,23 +158,24 @@ class Bench:
         """The fit of one block by a Trainer, as in a run."""
         recipe = replace(recipe_of(*OURS[method]), batch_size=self.batch, **changes)
         model, _, _ = self.model(torch.float32)
-        stream, arguments = capture(model.shell(), tokens(), recipe.streams, self.device)
+        storage = replace(recipe.streams, place=self.place)
+        stream, arguments = capture(model.shell(), tokens(self.samples), storage, self.device)
         live = LiveWindow(model, model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, SPEC.sites) as activations:
             target = live.run(stream)
         module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
         watch, name = Stopwatch(self.device), f"{method}-{self.shape.hidden}"
-        steps = WARM_UP + self.steps
+        epochs = -(-(WARM_UP + self.steps) * self.batch // self.samples)
         quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
         precision = "bf16-mixed" if self.device.type == "cuda" else "32-true"
         with tempfile.TemporaryDirectory() as root, quantized_activations(live.blocks, recipe.scheme.activation):
             trainer = Trainer(
-                accelerator=self.device.type, devices=1, precision=precision, max_epochs=-(-steps * self.batch // HELD),
+                accelerator=self.device.type, devices=1, precision=precision, max_epochs=epochs,
                 callbacks=[Laps(watch, self.profile and self.profile / f"{name}.txt"), GradualMask()],
                 default_root_dir=root, num_sanity_val_steps=0, **quiet,
             )  # fmt: skip
             began = time.monotonic()
-            trainer.fit(module, Pairs(stream, target, self.batch, 0))
+            trainer.fit(module, Pairs(stream, target, self.batch, 0, device=self.device))
         assert module.cause is None, f"stopped: {module.cause}"
         return Timing(watch.milliseconds(), self.peak(), watch.first - began)
 
@@ -189,7 +196,7 @@ class Bench:
         with self.device:
             pretrained = Pretrained(Source("random"), LlamaForCausalLM(config).eval().requires_grad_(False), None, SPEC)
         storage = replace(recipe_of("rtn.yaml", "w4a16").streams, dtype=str(dtype).removeprefix("torch."))
-        stream, arguments = capture(pretrained.shell(), tokens(), storage, self.device)
+        stream, arguments = capture(pretrained.shell(), tokens(self.batch), storage, self.device)
         return pretrained, stream, to_device(arguments[0], self.device)
 
     def peak(self) -> float:
@@ -251,9 +258,9 @@ def recipe_of(config: str, scheme: str) -> Recipe:
     return parser.instantiate(parser.parse_object({"model": {**section, "scheme": scheme}})).model.recipe
 
 
-def tokens() -> Tensor:
-    """Random windows, int64 (HELD, LENGTH)."""
-    return torch.randint(256, (HELD, LENGTH), generator=torch.Generator().manual_seed(0))
+def tokens(samples: int) -> Tensor:
+    """Random windows, int64 (samples, LENGTH)."""
+    return torch.randint(256, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:
@@ -270,6 +277,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--place", choices=("device", "host"), default="device")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -279,7 +288,10 @@ def main() -> None:
     print("| shape | method | ms a step | × the block | GiB | minutes for the model | s to the first step |")
     print("|---|---|---|---|---|---|---|")
     for name in given.shapes:
-        bench = Bench(SHAPES[name], torch.device(given.device), given.batch, given.steps, given.profile)
+        device = torch.device(given.device)
+        bench = Bench(
+            SHAPES[name], device, given.batch, given.steps, given.profile, max(given.samples, given.batch), given.place
+        )
         floor = math.nan
         for method in given.methods:
             try:
