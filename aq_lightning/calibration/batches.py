@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,13 +99,22 @@ class Pairs:
             self._before, self._taken = self._generator.get_state(), 0
         self._generator.set_state(self._before)
         order = list(self.share.batches(self._generator))[self._taken :]
-        for batch in map(self._batch, order) if self._upload is None else one_ahead(order, self._start, self._finish):
+        if self._upload is None:
+            batches = map(self._batch, *self._moved(order))
+        else:
+            batches = one_ahead(order, self._start, self._finish)
+        for batch in batches:
             self._taken += 1
             yield batch
 
-    def _batch(self, drawn: tuple[Tensor, int]) -> Batch:
-        index = drawn[0].to(self.inputs.device)
-        return Batch(self.inputs[index], self.targets[index], drawn[1])
+    def _moved(self, order: list[tuple[Tensor, int]]) -> tuple[Iterable[Tensor], Iterable[int]]:
+        """An epoch's places where the streams are, and totals: in one move, for which the host waits for the device."""
+        places, totals = [places for places, _ in order], [total for _, total in order]
+        moved = torch.cat(places).to(self.inputs.device) if places else torch.empty(0)
+        return moved.split([len(each) for each in places]), totals
+
+    def _batch(self, places: Tensor, total: int) -> Batch:
+        return Batch(self.inputs[places], self.targets[places], total)
 
     def _start(self, drawn: tuple[Tensor, int]) -> Batch:
         places = drawn[0].tolist()
