@@ -140,7 +140,7 @@ class BlockCalibration(Captured):
                 quantizer.project()
         for matrix in self.matrices():
             matrix.worst_bound.copy_(torch.maximum(matrix.worst_bound, matrix.project()))
-        norms = torch._foreach_norm(self._watched)
+        norms = _norms(self._watched)
         self.watch.update([*(matrix.residual for matrix in self.matrices()), self._step_loss, *norms])
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
@@ -278,6 +278,15 @@ class BlockCalibration(Captured):
     def own(self) -> State:
         """Parameters and masks of transforms and quantizers, by name."""
         return {name: tensor for name, tensor in self.blocks.state_dict().items() if ".block." not in name}
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each; tensors of one dtype share a kernel."""
+    found: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        found |= zip(places, torch._foreach_norm([tensors[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(tensors))]
 
 
 def _quantity(name: str, index: int) -> Quantity:
