@@ -40,9 +40,9 @@ def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None =
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:
-        scale = torch.maximum(-low, high) / ((grid.levels - 1) / 2)
+        scale = _divided(torch.maximum(-low, high), (grid.levels - 1) / 2)
     else:
-        scale = (high - low) / (grid.levels - 1)
+        scale = _divided(high - low, grid.levels - 1)
     if storage is not None:
         scale = scale + (scale.to(storage).to(scale.dtype) - scale).detach()
     # A group of zeros has no range: the smallest normal step keeps every division finite and its codes at zero.
@@ -50,6 +50,14 @@ def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None =
     if grid.symmetric:
         return scale, torch.full_like(scale, grid.levels // 2)
     return scale, round_through(-low / scale).clamp(0, grid.levels - 1)
+
+
+def _divided(x: Tensor, by: float) -> Tensor:
+    """``x / by``, rounded once on every device: by a number, not a tensor, a GPU multiplies with its rounded inverse.
+
+    A token's largest element lies on a rounding tie, so that the last bit of a scale decides its code.
+    """
+    return x / torch.full_like(x, by)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid, offset: Tensor | None = None) -> Tensor:

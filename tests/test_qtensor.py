@@ -8,6 +8,7 @@ from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aq_lightning.qtensor import QTensor, decode, encode, grid_of, round_through
 from aq_lightning.quantizers import MinMax, quantize_tokens
@@ -120,6 +121,28 @@ def test_by_hand() -> None:
     assert encode(x, scale, zero, grid).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     scale, zero = grid_of(*ends, Grid(2, symmetric=True))
     assert (scale.item(), zero.item()) == (pytest.approx(2 / 1.5), 2.0)
+
+
+class _Divisors(TorchDispatchMode):
+    """Records by what is divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_are_the_same_on_every_device(symmetric: bool) -> None:
+    """On a GPU, torch divides by a tensor, but multiplies with the rounded inverse of a number."""
+    with _Divisors() as divisors:
+        scale, _ = grid_of(torch.tensor([-1.0]), torch.tensor([2.0]), Grid(4, symmetric=symmetric))
+    assert divisors.found and all(isinstance(each, Tensor) and each.ndim == 1 for each in divisors.found)
+    assert torch.equal(scale, torch.tensor([2 / 7.5 if symmetric else 3 / 15]))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
