@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 import torch
 
 from aq_lightning.kernels.packed import Operands, PackedWeight
@@ -14,9 +13,9 @@ from aq_lightning.qtensor import QTensor
 from aq_lightning.scheme import Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
-)
+HALVES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+"""What kernels read, without bfloat16 in Triton's interpreter, which truncates to it. In sweeps they take turns, because
+each case is one more kernel to compile."""
 
 
 def random_weight(

@@ -31,5 +31,5 @@ def test_kernels_divide_by_div_rn(path: Path) -> None:
 
 
 def test_the_rule_itself() -> None:
-    found = divisions("@triton.jit\ndef kernel(x):\n    b_y = (LEVELS - 1) / 2\n    b_z = tl.div_rn(b_y, 3.0)\n    b_y /= 3")
+    found = divisions("@triton.jit\ndef kernel(b_y):\n    b_z = tl.div_rn(b_y, (LEVELS - 1) / 2)\n    b_y /= 3")
     assert list(found) == ["b_y /= 3"]

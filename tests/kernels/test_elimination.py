@@ -19,7 +19,7 @@ def dominant(*shape: int) -> Tensor:
     return (matrix + torch.diag(1 + torch.arange(shape[-1]) % 5)).to(DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 31, 33, 64])
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 33, 64])
 def test_kernel_equals_the_plain_form_and_lapack(size: int) -> None:
     matrix = dominant(3, size)
     found = eliminate(matrix)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
+from quantized import DEVICE, HALVES
 from torch import Tensor
 
 from aq_lightning.kernels.fake_quantize import Request, fused, naive
 from aq_lightning.scheme import Grid
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inputs(
@@ -47,14 +46,16 @@ def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: 
     return results
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, True), (4, False), (4, True), (8, False)])
-@pytest.mark.parametrize("rounding_only", [False, True])
-@pytest.mark.parametrize(
-    ("height", "width", "groups"),
-    [(5, 48, 3), (70, 64, 1), (33, 96, 1), (130, 128, 2), (18, 300, 1), (19, 1100, 1), (17, 2048, 2)],
-    ids=str,
-)
-def test_kernel_equals_the_plain_path(bits, symmetric, rounding_only, height, width, groups) -> None:
+KINDS = [(2, False), (3, True), (4, False), (4, True), (8, False)]  # bits, symmetry
+SHAPES = [(5, 48, 3), (70, 64, 1), (33, 96, 1), (130, 128, 2), (18, 300, 1), (19, 1100, 1), (17, 2048, 2)]
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize(("height", "width", "groups"), SHAPES, ids=str)
+def test_kernel_equals_the_plain_path(turn, height, width, groups) -> None:
+    """Four kinds of grids for each shape, so that all kinds meet both ways of shifting."""
+    bits, symmetric = KINDS[(turn + SHAPES.index((height, width, groups))) % len(KINDS)]
+    rounding_only = bool(turn % 2)
     tensors = inputs(height, width, groups, torch.float32, True, True, True, True)
     grid = Grid(bits, width // groups, symmetric)
     (plain, wanted), (fused, got) = both(tensors, grid, torch.float16, rounding_only, torch.float32)
@@ -64,14 +65,12 @@ def test_kernel_equals_the_plain_path(bits, symmetric, rounding_only, height, wi
         assert_close(name, a, b, 1e-4)
 
 
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates to bfloat16")
-)
+ABSENT = [(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0), (1, 0, 1, 1), (0, 0, 0, 1)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
-@pytest.mark.parametrize("absent", [(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0), (1, 0, 1, 1), (0, 0, 0, 1)])
-def test_parts_may_be_absent_and_weights_in_half_precision(dtype, absent) -> None:
+@pytest.mark.parametrize("absent", ABSENT, ids=str)
+def test_parts_may_be_absent_and_weights_in_half_precision(absent) -> None:
+    dtype = HALVES[ABSENT.index(absent) % len(HALVES)]
     tensors = inputs(20, 64, 2, dtype, *absent)
     grid = Grid(4, 32)
     (plain, wanted), (fused, got) = both(tensors, grid, dtype, True, dtype)
