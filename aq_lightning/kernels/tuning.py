@@ -87,8 +87,8 @@ def calls(product: Product, x: Tensor, weights: Sequence[Operands], config: Conf
         return [lambda weight=weight: triton.int4_matmul(x, weight, None, config) for weight in weights]
     from aq_lightning.kernels.int4_int8_matmul import triton as integer
 
-    step = config.unroll * weights[0].span
-    codes, scale = integer.quantize(x, product.activation_bits, weights[0], -(-x.shape[1] // step) * step)
+    width = integer.width_of(x.shape[1], weights[0], config)
+    codes, scale = integer.quantize(x, product.activation_bits, weights[0], width)
     return [lambda weight=weight: integer.multiply(codes, scale, weight, None, config, x) for weight in weights]
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aq_lightning.attention import Handle, Heads, attentions, hook_attention
 from aq_lightning.errors import RequestError
+from aq_lightning.kernels.kronecker_matmul.naive import clipped, kronecker_product
 from aq_lightning.models.sites import SiteShape
 
 _NAME = "online"
@@ -124,21 +125,10 @@ class CacheClip(Operation):
         return 0
 
 
-def clipped(x: Tensor, ends: Tensor) -> Tensor:
-    """(…, channels) cut to the fraction ``ends[0]`` of each row's least and ``ends[1]`` of its greatest channel."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (…, 1) each
-    return torch.maximum(torch.minimum(x, high * ends[1]), low * ends[0])
-
-
 def block_product(x: Tensor, matrix: Tensor) -> Tensor:
     """(…, blocks · group · size) times each block's matrix, (blocks, size, size)."""
     shape = SiteShape(matrix.shape[0], matrix.shape[-1])
     return shape.join(torch.einsum("...bgs,bst->...bgt", shape.split(x), matrix))
-
-
-def kronecker_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(…, n₁ · n₂) times ``left ⊗ right``, of (n₁, n₁) and (n₂, n₂): a row as a matrix X becomes ``leftᵀ X right``."""
-    return (left.mT @ (x.unflatten(-1, (left.shape[0], right.shape[0])) @ right)).flatten(-2)
 
 
 def head_product(x: Tensor, matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from aq_lightning.kernels.int4_matmul import int4_matmul
 from aq_lightning.kernels.int4_matmul.config import Product, choose
 from aq_lightning.kernels.packed import Operands, expect
 
-_IN_BYTES = (2, 4)
+IN_BYTES = (2, 4)
 """Widths of weight codes of which a byte holds several and whose distance from a zero point fits a byte."""
 
 
@@ -44,7 +44,7 @@ def int4_int8_matmul(
         raise RequestError(f"Activations have 2 to 8 bits here, got {activation_bits}: use int4_matmul for 16.")
     if x.device.type != "cuda":
         return naive.int4_int8_matmul(x, words, scales, bits, activation_bits, bias)
-    if bits not in _IN_BYTES:
+    if bits not in IN_BYTES:
         return int4_matmul(naive.fake_quantize(x, activation_bits), words, scales, bits, bias)
     from aq_lightning.kernels.int4_int8_matmul import triton
 

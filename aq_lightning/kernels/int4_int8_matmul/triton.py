@@ -21,14 +21,65 @@ from aq_lightning.kernels.int4_matmul.unpack import common
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
+MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
 _BLOCK = 16384  # columns of a token that a program quantizes at once
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two, NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greatest(b_x):
+    """The greatest number above zero of a vector, float32, or NaN: as integers, positive numbers keep their order, and
+    NaN is above them."""
+    return tl.maximum(tl.max(b_x.to(tl.int32, bitcast=True), axis=0), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def step_of(b_max, HALF: tl.constexpr):
+    """A token's scale from its greatest size."""
+    b_s = tl.div_rn(b_max, HALF - 0.5)
+    return tl.where(b_s == 0.0, 1.1754943508222875e-38, b_s)  # the smallest normal step: codes of zeros are zero
+
+
+@triton.jit
+def steps_in(b_x, b_s, FUSED: tl.constexpr):
+    """``b_x / b_s``, rounded once, by a scale whose inverse is computed once.
+
+    A quotient by the rounded inverse is off by an ulp at most; its remainder, which a fused multiply–add gives exactly,
+    corrects it (Markstein's theorem). Nothing fuses in the interpreter, which divides.
+    """
+    if FUSED:
+        b_inverse = tl.div_rn(1.0, b_s)
+        b_q = b_x * b_inverse
+        return tl.fma(tl.fma(-b_q, b_s, b_x), b_inverse, b_q)
+    else:
+        return tl.div_rn(b_x, b_s)
+
+
+@triton.jit
+def integers(b_x, b_s, b_least, b_most, FUSED: tl.constexpr):
+    """A token's codes, int8 from integer ``b_least`` to ``b_most``: the low byte of a sum with ``1.5 · 2^23``."""
+    b_u = tl.minimum(tl.maximum(steps_in(b_x, b_s, FUSED), b_least), b_most)
+    return (b_u + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def place(o_k, CHUNK: tl.constexpr, PER: tl.constexpr):
+    """Where column ``o_k`` lies in the order of the weight's bytes."""
+    o_code = o_k // CHUNK % (2 * PER)
+    o_e = o_k % CHUNK * 2 + o_code // PER
+    return o_k // (2 * PER * CHUNK) * (2 * PER * CHUNK) + o_code % PER * (2 * CHUNK) + o_e
 
 
 @triton.jit
 def _quantize_kernel(
     x, codes, scale, K, WIDTH,
     HALF: tl.constexpr, CHUNK: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
     """One token: its scale, and its integers from ``−HALF`` to ``HALF − 1`` in the order of the weight's bytes."""
     i_m = tl.program_id(0).to(tl.int64)
@@ -39,9 +90,8 @@ def _quantize_kernel(
     b_max = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
         b_x = tl.load(x + i_m * K + begin + o, mask=begin + o < K, other=0.0).to(tl.float32)
-        b_max = tl.maximum(b_max, tl.abs(b_x), propagate_nan=tl.PropagateNan.ALL)
-    b_s = tl.div_rn(tl.max(b_max, axis=0), HALF - 0.5)
-    b_s = tl.where(b_s == 0.0, 1.1754943508222875e-38, b_s)  # the smallest normal step: codes of zeros are zero
+        b_max = larger(b_max, tl.abs(b_x))
+    b_s = step_of(greatest(b_max), HALF)
     tl.store(scale + i_m, b_s)
     for begin in range(0, WIDTH, BLOCK):
         o_p = begin + o
@@ -49,9 +99,7 @@ def _quantize_kernel(
         o_code = (o_e % 2) * PER + o_p // (2 * CHUNK) % PER
         o_k = o_p // (2 * CHUNK * PER) * (2 * CHUNK * PER) + o_code * CHUNK + o_e // 2
         b_x = tl.load(x + i_m * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        b_u = (tl.div_rn(b_x, b_s) + _MAGIC) - _MAGIC
-        b_u = tl.minimum(tl.maximum(b_u, -HALF), HALF - 1.0)
-        tl.store(codes + i_m * WIDTH + o_p, b_u.to(tl.int8), mask=o_p < WIDTH)
+        tl.store(codes + i_m * WIDTH + o_p, integers(b_x, b_s, -HALF, HALF - 1.0, FUSED), mask=o_p < WIDTH)
 
 
 @triton.constexpr_function
@@ -148,6 +196,12 @@ def _int4_int8_matmul_kernel(
             _store(b_all, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
+def width_of(columns: int, weight: Operands, config: Config) -> int:
+    """Bytes of a token: whole steps of the product."""
+    step = config.unroll * weight.span
+    return triton.cdiv(columns, step) * step
+
+
 def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The activations' integers in the order of the weight's bytes, int8 (M, width), and scales, float32 (M)."""
     tokens, columns = x.shape
@@ -155,7 +209,7 @@ def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool =
     block = min(_BLOCK, triton.next_power_of_2(width))
     _quantize_kernel[(tokens,)](
         x, codes, scale, columns, width,
-        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap,
+        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap, FUSED=x.is_cuda,
         num_warps=8 if block <= 4096 else 16, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
@@ -171,8 +225,7 @@ def int4_int8_matmul(x: Tensor, weight: Operands, bits: int, bias: Tensor | None
         bias: (N); None: none.
         config: how to cut the work; neither ``scaled`` nor ``dequantize`` matters.
     """
-    steps = triton.cdiv(x.shape[1], config.unroll * weight.span)
-    codes, scale = quantize(x, bits, weight, steps * config.unroll * weight.span, config.overlap)
+    codes, scale = quantize(x, bits, weight, width_of(x.shape[1], weight, config), config.overlap)
     return multiply(codes, scale, weight, bias, config, x)
 
 

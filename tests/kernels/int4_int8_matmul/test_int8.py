@@ -86,7 +86,7 @@ def test_activations_become_the_same_integers(bits: int) -> None:
     from aq_lightning.kernels.int4_int8_matmul import triton
 
     weight = operands(random_weight(64, 256, 4, 128, False))
-    x = torch.randn(200, 256, device=DEVICE).half()  # of which each has an element on a rounding tie
+    x = torch.randn(60, 256, device=DEVICE).half()  # of which each has an element on a rounding tie
     x[1], x[2, 3] = 0.0, 60000.0
     codes, scale = triton.quantize(x, bits, weight, 256)
     expected, steps = naive.quantize(x, bits)
