@@ -14,8 +14,8 @@ from aq_lightning.scheme import Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
-"""What kernels read, without bfloat16 in Triton's interpreter, which truncates to it. In sweeps they take turns, because
-each case is one more kernel to compile."""
+"""What kernels read, without bfloat16 in Triton's interpreter, which truncates to it. In sweeps they take turns: each
+case is one more kernel to compile."""
 
 
 def random_weight(

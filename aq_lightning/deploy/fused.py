@@ -1,7 +1,8 @@
-"""Linears that read the same tensor, multiplied as one: q, k, v and gate, up.
+"""Linears that read the same tensor, multiplied as one: q, k, v and gate, up; and online products ahead of them.
 
 A block calls its linears one after another, each with the same tensor. The first call computes the outputs of all; the
-others take theirs. So the block itself stays as transformers wrote it.
+others take theirs. So the block itself stays as transformers wrote it. A Kronecker product moves from the norm whose
+output it multiplies to the one linear that reads it, which multiplies and rounds in one kernel.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 
 from aq_lightning.deploy.linear import Int4Linear
 from aq_lightning.models.lookup import architecture_of, model_types
+from aq_lightning.models.sites import Site
 from aq_lightning.qtensor import QTensor
-from aq_lightning.transforms.online import carried
+from aq_lightning.transforms.online import carried, drop, of
 
 
 class Joint(nn.Module):
@@ -47,6 +49,11 @@ class Part(nn.Module):
         if index == 0:
             self.joint = joint
 
+    @property
+    def layer(self) -> Int4Linear:
+        """What multiplies for it."""
+        return self._joint[0].linear
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, N) of this layer."""
         return self._joint[0].take(self.index, x)
@@ -69,7 +76,8 @@ def joined(linears: list[Int4Linear]) -> Int4Linear:
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    """Joins, in place, the packed linears of every block that read the same norm, as the architecture says.
+    """Joins, in place, the packed linears of every block that read the same norm, as the architecture says, and gives
+    them the Kronecker product of their input.
 
     A model of an unknown architecture stays as it is, and so do linears of which some have a bias and some have none,
     or that multiply their input by an online product.
@@ -87,4 +95,31 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
                 joint = Joint(list(linears.values()))
                 for index, path in enumerate(linears):
                     block.set_submodule(path, Part(joint, index))
+            _hand_over(block, site)
+        for linear in [module for module in block.modules() if isinstance(module, Int4Linear)]:
+            _absorb(linear, linear)
     return model
+
+
+def _hand_over(block: nn.Module, site: Site) -> None:
+    """Moves a product from the norm of a site to the layer that reads it, if one does and nothing else."""
+    producer = block.get_submodule(site.producer.partition(":")[0])
+    readers = {_layer(block.get_submodule(path)) for path in site.consumers}
+    if len(readers) == 1 and not isinstance(producer, nn.Linear):  # a linear carries the products of its input
+        _absorb(producer, readers.pop())
+
+
+def _layer(module: nn.Module) -> nn.Module:
+    """The layer that multiplies for a consumer."""
+    return module.layer if isinstance(module, Part) else module
+
+
+def _absorb(module: nn.Module, reader: nn.Module) -> None:
+    """Gives what ``module`` carries to the layer that reads it, if both do it faster together."""
+    online = of(module)
+    if online is None or not isinstance(reader, Int4Linear) or of(reader) not in (None, online):
+        return
+    activation = reader.scheme.activation
+    if activation is not None and activation.symmetric and online.kronecker() is not None:
+        drop(module)
+        reader.absorb(online)

@@ -12,11 +12,13 @@ from aq_lightning.errors import RequestError
 from aq_lightning.export.compressed_tensors import decompress, of_integers
 from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul
 from aq_lightning.kernels.int4_matmul import int4_matmul
+from aq_lightning.kernels.kronecker_matmul import kronecker_matmul
 from aq_lightning.kernels.layout import Layout
-from aq_lightning.kernels.packed import PackedWeight
+from aq_lightning.kernels.packed import Operands, PackedWeight
 from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers.activations import quantize_tokens
 from aq_lightning.scheme import Scheme
+from aq_lightning.transforms.online import Online
 
 _WEIGHT, _DENSE = "weight", "dense"
 
@@ -28,8 +30,12 @@ class Int4Linear(nn.Linear):
     It is made in one of two states. :meth:`of` holds a weight in the kernels' layout. :meth:`expecting` holds buffers
     under the names of a checkpoint, for whoever loads it to fill; :meth:`pack` turns them into the kernels' layout.
 
+    Online products of its input multiply in a hook, as on any linear, until :meth:`absorb` takes them over.
+
     It counts as a ``torch.nn.Linear`` (hooks and adapters find it), but it has no ``weight``.
     """
+
+    online: Online
 
     def __init__(self, shape: tuple[int, int], scheme: Scheme, bias: nn.Parameter | None) -> None:
         """
@@ -42,6 +48,7 @@ class Int4Linear(nn.Linear):
         self.out_features, self.in_features = shape
         self.scheme = scheme
         self.register_parameter("bias", bias)
+        self._absorbed = False
 
     @staticmethod
     def of(weight: QTensor, scheme: Scheme, bias: nn.Parameter | None = None) -> Int4Linear:
@@ -98,10 +105,22 @@ class Int4Linear(nn.Linear):
         the time for eight times the memory of 4 bits."""
         self.register_buffer(_DENSE, self.unpack().dequantize(torch.float32), persistent=False)
 
+    def absorb(self, online: Online) -> None:
+        """Multiplies what it reads by online products itself, from now on: in the kernel that rounds it, where there is
+        one for both."""
+        self.online = online
+        self._absorbed = True
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, N) in the dtype of x."""
         bits, activation, dense = self.scheme.weight.bits, self.scheme.activation, self._buffers.get(_DENSE)
-        if activation is not None and activation.symmetric and dense is None:
+        integers = activation is not None and activation.symmetric and dense is None
+        if self._absorbed:
+            by = self.online.kronecker() if integers else None
+            if by is not None:
+                return kronecker_matmul(x, by, Operands(self.words, self.scales, bits), activation.bits, self.bias)
+            x = self.online(x)
+        if integers:
             return int4_int8_matmul(x, self.words, self.scales, bits, activation.bits, self.bias)
         if activation is not None:
             x = quantize_tokens(x, activation)

@@ -34,7 +34,7 @@ from aq_lightning.kernels.layout import Layout
 from aq_lightning.models.weights import INDEX, SINGLE, with_stem
 from aq_lightning.quantizers.activations import quantize_cache
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms.online import carrier, carry_stored
+from aq_lightning.transforms.online import carrier, carry, carry_stored, drop
 
 _CLAIMED = "compressed-tensors"
 
@@ -151,6 +151,9 @@ class PackedQuantizer(HfQuantizer):
                 with torch.device("meta"):
                     linear = nn.Linear(module.in_features, module.out_features, bias=False)
                 linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+                online = drop(module)
+                if online is not None:
+                    carry(linear, list(online))
                 model.set_submodule(path, linear)
         return model
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aq_lightning.attention import Handle, Heads, attentions, hook_attention
 from aq_lightning.errors import RequestError
-from aq_lightning.kernels.kronecker_matmul.naive import clipped, kronecker_product
+from aq_lightning.kernels.kronecker_matmul.naive import Kronecker, clipped, kronecker_product
 from aq_lightning.models.sites import SiteShape
 
 _NAME = "online"
@@ -149,6 +149,13 @@ class Online(nn.Sequential):
         empty = any(tensor.numel() == 0 for tensor in self.parameters())
         return x if empty else super().forward(x)
 
+    def kronecker(self) -> Kronecker | None:
+        """The products as one that a kernel knows: a Kronecker product, and a clip behind it or none. None: others."""
+        first, *rest = self
+        if not isinstance(first, KroneckerProduct) or any(not isinstance(each, TokenClip) for each in rest[:1]):
+            return None
+        return Kronecker(first.left, first.right, *(each.clip for each in rest)) if len(rest) < 2 else None
+
 
 def carry(module: nn.Module, operations: Sequence[Operation]) -> None:
     """Makes a norm multiply its output by products, a linear its input, attention its queries and keys; what it carried
@@ -173,19 +180,26 @@ def carry_empty(module: nn.Module, operations: Sequence[Operation]) -> None:
     carry(module, operations)
 
 
-def drop(module: nn.Module) -> None:
-    """Leaves a module as it was before :func:`carry`."""
-    online = dict(module.named_children()).get(_NAME)
-    if isinstance(online, Online):
+def drop(module: nn.Module) -> Online | None:
+    """Leaves a module as it was before :func:`carry`, and hands over what it carried."""
+    online = of(module)
+    if online is not None:
         online.handle.remove()
         delattr(module, _NAME)
+    return online
+
+
+def of(module: nn.Module) -> Online | None:
+    """What a module carries."""
+    online = dict(module.named_children()).get(_NAME)
+    return online if isinstance(online, Online) else None
 
 
 def carried(root: nn.Module) -> Iterator[tuple[nn.Module, Online]]:
     """The modules below ``root`` that carry products."""
     for module in list(root.modules()):
-        online = dict(module.named_children()).get(_NAME)
-        if isinstance(online, Online):
+        online = of(module)
+        if online is not None:
             yield module, online
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aq_lightning.kernels.fake_quantize.parts import divide
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
@@ -21,7 +22,7 @@ from aq_lightning.kernels.int4_matmul.unpack import common
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
 _BLOCK = 16384  # columns of a token that a program quantizes at once
 
 
@@ -47,24 +48,15 @@ def step_of(b_max, HALF: tl.constexpr):
 
 @triton.jit
 def steps_in(b_x, b_s, FUSED: tl.constexpr):
-    """``b_x / b_s``, rounded once, by a scale whose inverse is computed once.
-
-    A quotient by the rounded inverse is off by an ulp at most; its remainder, which a fused multiply–add gives exactly,
-    corrects it (Markstein's theorem). Nothing fuses in the interpreter, which divides.
-    """
-    if FUSED:
-        b_inverse = tl.div_rn(1.0, b_s)
-        b_q = b_x * b_inverse
-        return tl.fma(tl.fma(-b_q, b_s, b_x), b_inverse, b_q)
-    else:
-        return tl.div_rn(b_x, b_s)
+    """``b_x / b_s``, rounded once; where multiply–adds are fused, with an inverse that is computed once."""
+    return divide(b_x, b_s, tl.div_rn(1.0, b_s)) if FUSED else tl.div_rn(b_x, b_s)
 
 
 @triton.jit
 def integers(b_x, b_s, b_least, b_most, FUSED: tl.constexpr):
     """A token's codes, int8 from integer ``b_least`` to ``b_most``: the low byte of a sum with ``1.5 · 2^23``."""
     b_u = tl.minimum(tl.maximum(steps_in(b_x, b_s, FUSED), b_least), b_most)
-    return (b_u + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    return (b_u + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -209,8 +201,8 @@ def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool =
     block = min(_BLOCK, triton.next_power_of_2(width))
     _quantize_kernel[(tokens,)](
         x, codes, scale, columns, width,
-        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap, FUSED=x.is_cuda,
-        num_warps=8 if block <= 4096 else 16, **({"launch_pdl": True} if overlap else {}),
+        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap,
+        FUSED=x.is_cuda, num_warps=8 if block <= 4096 else 16, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
 

@@ -1,8 +1,8 @@
 """Tokens through a Kronecker product to integers in one pass over memory: programs keep both matrices and walk tokens.
 
-A token is a matrix X of n₁ rows, ``leftᵀ X right`` two products on tensor cores with sizes padded to powers of two. What
-comes between the products, and the result, are rounded to the dtype of x as the plain path rounds them; they stay on
-the chip. Its integers leave in the order of the weight's bytes (:mod:`int4_int8_matmul.triton`).
+A token is a matrix X of n₁ rows, ``leftᵀ X right`` two products on tensor cores with sizes padded to powers of two.
+What comes between the products, and the result, are rounded to the dtype of x as the plain path rounds them; they stay
+on the chip. Its integers leave in the order of the weight's bytes (:mod:`int4_int8_matmul.triton`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aq_lightning.kernels.int4_int8_matmul.triton import MAGIC, greatest, integers, larger, place, step_of
+from aq_lightning.kernels.fake_quantize.parts import round_even
+from aq_lightning.kernels.int4_int8_matmul.triton import greatest, integers, larger, place, step_of
 from aq_lightning.kernels.kronecker_matmul import padded
 from aq_lightning.kernels.kronecker_matmul.naive import Kronecker
 from aq_lightning.kernels.packed import Operands
@@ -73,8 +74,8 @@ def _kronecker_quantize_kernel(
         if HAS_CLIP:  # rounding keeps order: cutting numbers cuts their codes
             b_low, b_high = _ends(b_y, clip, DTYPE)
             b_s = step_of(larger(-b_low, b_high), HALF)
-            b_least = tl.maximum((tl.div_rn(b_low, b_s) + MAGIC) - MAGIC, -HALF)
-            b_most = tl.minimum((tl.div_rn(b_high, b_s) + MAGIC) - MAGIC, HALF - 1.0)
+            b_least = tl.maximum(round_even(tl.div_rn(b_low, b_s)), -HALF)
+            b_most = tl.minimum(round_even(tl.div_rn(b_high, b_s)), HALF - 1.0)
         else:
             b_s = step_of(_greatest(tl.abs(b_y)), HALF)
         tl.store(scale + i_m, b_s)
@@ -111,8 +112,9 @@ def quantize(
     steps = max(1, triton.cdiv(tokens, _PROGRAMS))
     _kronecker_quantize_kernel[(triton.cdiv(tokens, steps),)](
         x, by.left.contiguous(), by.right.contiguous(), by.clip, codes, scale, tokens, steps, width,
-        N1=sides[0], N2=sides[1], R=rows, C=columns, HALF=2 ** (bits - 1),
-        CHUNK=weight.words.shape[4], PER=8 // weight.bits, HAS_CLIP=by.clip is not None, OVERLAP=overlap, STAGES=2 if rows * columns <= 8192 else 1,
-        FUSED=x.is_cuda, num_warps=4 if rows * columns <= 4096 else 8, **({"launch_pdl": True} if overlap else {}),
+        N1=sides[0], N2=sides[1], R=rows, C=columns, HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4],
+        PER=8 // weight.bits, HAS_CLIP=by.clip is not None, OVERLAP=overlap, FUSED=x.is_cuda,
+        STAGES=2 if rows * columns <= 8192 else 1,  # so that two programs fit a processor
+        num_warps=4 if rows * columns <= 4096 else 8, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
