@@ -109,12 +109,13 @@ def quantize(
     covered = columns == sides[1] and rows * columns >= width
     codes = (torch.empty if covered else torch.zeros)(tokens, width, dtype=torch.int8, device=x.device)
     scale = x.new_empty(tokens, dtype=torch.float32)
-    steps = max(1, triton.cdiv(tokens, _PROGRAMS))
+    steps, warps = max(1, triton.cdiv(tokens, _PROGRAMS)), 4 if rows * columns <= 4096 else 8
+    # Stages and registers are such that two programs fit a processor.
     _kronecker_quantize_kernel[(triton.cdiv(tokens, steps),)](
         x, by.left.contiguous(), by.right.contiguous(), by.clip, codes, scale, tokens, steps, width,
         N1=sides[0], N2=sides[1], R=rows, C=columns, HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4],
         PER=8 // weight.bits, HAS_CLIP=by.clip is not None, OVERLAP=overlap, FUSED=x.is_cuda,
-        STAGES=2 if rows * columns <= 8192 else 1,  # so that two programs fit a processor
-        num_warps=4 if rows * columns <= 4096 else 8, **({"launch_pdl": True} if overlap else {}),
+        STAGES=2 if rows * columns <= 8192 else 1, num_warps=warps, maxnreg=128 if warps == 8 else None,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
