@@ -228,11 +228,11 @@ class CommandLine(LightningCLI):
             rotated(pretrained, model.recipe.rotation),
             model.recipe,
             run,
-            lambda root: self.instantiate_trainer(default_root_dir=str(root), logger=loggers),
+            lambda root, **more: self.instantiate_trainer(default_root_dir=str(root), logger=loggers, **more),
             self.trainer.strategy.root_device,
             datamodule.seed,
             guards,
-            Log().window,
+            Log(model.recipe.tuning is not None).window,
         )
         quantize(job, datamodule.calibration())
         if not distributed.leads():
@@ -243,7 +243,7 @@ class CommandLine(LightningCLI):
         verdict = describe(run.checkpoint, model.pretrained, str(model.recipe.scheme), rows)
         run.seal_checkpoint()  # again, with its card
         told = {"sites": prepared.places(), "notes": prepared.notes}
-        return {"rows": rows, "blocks": run.all_metrics(), "parity": verdict, **told}
+        return {"rows": rows, "blocks": run.all_metrics(), "tuning": run.tuning(), "parity": verdict, **told}
 
     def _scoring_trainer(self, **changes: object) -> Trainer:
         """A Trainer for this process alone."""

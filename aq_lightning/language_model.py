@@ -14,7 +14,7 @@ from aq_lightning.models.loading import EMBEDDED
 from aq_lightning.models.sites import SiteShape
 from aq_lightning.objectives import BlockMSE, Objective
 from aq_lightning.quantizers import MinMax, WeightQuantizer
-from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, StreamStorage, WindowPlan
+from aq_lightning.recipe import Decay, LearningRates, OptimizerFactory, Recipe, ScaleTuning, StreamStorage, WindowPlan
 from aq_lightning.rounders import Nearest, Rounder
 from aq_lightning.scheme import Grid, Scheme
 from aq_lightning.transforms import Affine, Diagonal, Factor, FactorFactory, Rotation
@@ -56,6 +56,7 @@ class QuantizedLanguageModel(LightningModule):
             the cost of a copy of all trained parameters.
         diagonal_guard: whether each window with affine matrices is trained a second time with these kept diagonal, and
             the better kept; otherwise its first epoch stands for the diagonal solution.
+        tuning: of the scales, norms and biases of all blocks together, once every block is rounded; null: none.
         references: formats of bitsandbytes, ``nf4`` and ``int8``, whose rows `fit` adds to its table for comparison.
         trust_remote_code: whether code from the hub may run.
     """
@@ -84,6 +85,7 @@ class QuantizedLanguageModel(LightningModule):
         inputs: Literal["quantized", "full"] = "quantized",
         keep_best: bool = False,
         diagonal_guard: bool = False,
+        tuning: ScaleTuning | None = None,
         references: list[Literal["nf4", "int8"]] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -92,10 +94,8 @@ class QuantizedLanguageModel(LightningModule):
             raise RequestError(
                 f"A step reads at least 1 window, got model.batch_size {batch_size}: set it to 1 or more."
             )
-        self.pretrained = pretrained
-        self.trust_remote_code = trust_remote_code
-        self.references = references or []
-        self.adapt = adapt
+        self.pretrained, self.trust_remote_code = pretrained, trust_remote_code
+        self.references, self.adapt = references or [], adapt
         self.recipe = Recipe(
             scheme=Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
             transforms={
@@ -118,6 +118,7 @@ class QuantizedLanguageModel(LightningModule):
             captured=captured,
             layout=layout,
             diagonal_guard=diagonal_guard,
+            tuning=tuning,
         )
 
     def forward(self, *_: Any) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from aq_lightning import distributed
 from aq_lightning.calibration import (
+    WHOLE,
+    Arguments,
     Inside,
     Keeper,
     LiveWindow,
@@ -28,15 +31,19 @@ from aq_lightning.calibration import (
     Stopping,
     Streams,
     activation_reach,
+    assemble,
     capture,
     fit,
     observed,
     peak_memory,
     reset_peak_memory,
+    retuned,
     save_trained,
     switches,
+    tune,
     weight_reach,
 )
+from aq_lightning.data import check_windows
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors, formats, parity
@@ -78,8 +85,9 @@ class Job:
     """The method."""
     journal: RunDirectory
     """Where finished windows go; those it already holds are taken from it."""
-    trainer: Callable[[Path], Trainer]
-    """A fresh Trainer for one window, rooted in the directory given (a Trainer fits only once)."""
+    trainer: Callable[..., Trainer]
+    """A fresh Trainer for one window, rooted in the directory given (a Trainer fits only once), and with the options
+    given by name."""
     device: torch.device
     """Where blocks are worked on."""
     seed: int
@@ -87,7 +95,12 @@ class Job:
     guards: Guards = field(default_factory=Guards)
     """Against losing work."""
     tell: Callable[[Position, Mapping[str, Any]], object] = lambda *_: None
-    """Told of each window when it is done, with its metrics."""
+    """Told of each window when it is done, with its metrics; of the whole model too, if its scales are tuned."""
+
+    def starts(self) -> list[int]:
+        """First blocks of all windows, and what stands for the whole model, if its scales are tuned."""
+        windows = self.recipe.plan.windows(len(self.pretrained.blocks))
+        return [indices.start for indices in windows] + [WHOLE] * (self.recipe.tuning is not None)
 
 
 def quantize(job: Job, windows: Tensor) -> None:
@@ -98,23 +111,22 @@ def quantize(job: Job, windows: Tensor) -> None:
         job: the work.
         windows: calibration tokens, int64 (samples, length).
     """
-    recipe, model = job.recipe, job.pretrained
-    plan = list(recipe.plan.windows(len(model.blocks)))
-    check_windows(windows, model.model.get_input_embeddings().num_embeddings)
-    if not all(job.journal.finished(indices.start) for indices in plan):
-        _calibrate_all(job, windows, plan)
+    check_windows(windows, job.pretrained.model.get_input_embeddings().num_embeddings)
+    if not all(job.journal.finished(start) for start in job.starts()):
+        _calibrate_all(job, windows)
     distributed.part()
     if distributed.leads():
         export(job)
 
 
-def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
-    """Every window of blocks that is not finished."""
-    recipe, model = job.recipe, job.pretrained
+def _calibrate_all(job: Job, windows: Tensor) -> None:
+    """Every window of blocks that is not finished, and what follows for all of them."""
+    recipe, model, starts = job.recipe, job.pretrained, job.starts()
+    plan, following = list(recipe.plan.windows(len(model.blocks))), dict(pairwise(starts))
     share = Share(len(windows), recipe.batch_size, distributed.rank(), distributed.ranks())
     stream, arguments = capture(model.shell(), windows[share.indices()], recipe.streams, job.device)
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
-    first, streams = _where_to_go_on(job, [indices.start for indices in plan], streams)
+    first, streams = _where_to_go_on(job, starts, streams)
     ahead = [indices for indices in plan if indices.start >= first]
     with Keeper(job.journal) as keeper:
         for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
@@ -129,29 +141,13 @@ def _calibrate_all(job: Job, windows: Tensor, plan: Sequence[range]) -> None:
                     calibrate(job, live, position, activations, streams, target, share)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                packed = job.journal.weights(indices.start)
-                live.install(compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout))
+                live.install(_window(job, indices.start))
                 streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
             live.release()
-            if job.guards.keep_streams and indices is not plan[-1]:
-                keeper.keep(indices.stop, streams)
-
-
-def check_windows(windows: Tensor, vocabulary: int) -> None:
-    """
-    Raises:
-        RequestError: these are no windows of tokens of a model with so many.
-    """
-    if windows.dtype != torch.int64 or windows.ndim != 2 or windows.numel() == 0:
-        raise RequestError(
-            "Calibration windows are int64 of shape (samples, length), got "
-            f"{windows.dtype} of shape {tuple(windows.shape)}: tokenize the text again."
-        )
-    least, most = int(windows.min()), int(windows.max())
-    if least < 0 or most >= vocabulary:
-        raise RequestError(
-            f"Tokens lie in [0, {vocabulary}), the model's vocabulary, got {least} to {most}: use its own tokenizer."
-        )
+            if job.guards.keep_streams and indices.start in following:
+                keeper.keep(following[indices.start], streams)
+        if not all(job.journal.finished(start) for start in starts):
+            tune_scales(job, (stream, streams.full), arguments, len(windows))
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:
@@ -226,6 +222,39 @@ def calibrate(
     job.tell(position, metrics)
 
 
+def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Arguments], samples: int) -> None:
+    """Trains the scales, norms and biases of all blocks together, and commits what changed to the journal.
+
+    Args:
+        job: the work; every window is finished.
+        data: what enters block 0, and what the last block answers in full precision, (samples, length, hidden) each.
+        arguments: other arguments of every block.
+        samples: of all processes.
+    """
+    began, recipe = time.monotonic(), job.recipe
+    reset_peak_memory(job.device)
+    scratch, options = job.journal.scratch(WHOLE), {"max_epochs": recipe.tuning.epochs, "callbacks": []}
+    whole = assemble(job.pretrained, recipe, arguments, lambda start: _window(job, start), job.device)
+    share = Share(samples, recipe.tuning.batch_size, distributed.rank(), distributed.ranks())
+    inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
+    with quantized([block.block for block in whole.blocks], recipe.scheme):
+        result = tune(
+            whole,
+            job.pretrained,
+            data,
+            trainer=inside.attempts(WHOLE, lambda: job.trainer(scratch, **options)),
+            loader=lambda: Pairs(*data, recipe.tuning.batch_size, job.seed + WHOLE, share, job.device),
+        )
+    metrics: dict[str, Any] = {
+        "outcome": "trained" if result.tensors else "start",
+        "divergence": {"before": result.before, "after": result.after},
+        "seconds": time.monotonic() - began,
+        "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
+    }
+    job.journal.commit(WHOLE, result.tensors, metrics)
+    job.tell(whole.position, metrics)
+
+
 def export(job: Job) -> None:
     """Writes the checkpoint from the journal's windows and the model's other tensors, and checks it before it is named.
 
@@ -250,8 +279,12 @@ def export(job: Job) -> None:
 
 def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
     """What lies outside the blocks, then each window's weights."""
-    recipe = job.recipe
+    changed = job.journal.weights(WHOLE) if job.recipe.tuning is not None else {}
     yield job.pretrained.outside()
-    for indices in recipe.plan.windows(len(job.pretrained.blocks)):
-        packed = job.journal.weights(indices.start)
-        yield compressed_tensors.unpack(packed, recipe.scheme.weight, recipe.layout)
+    for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
+        yield retuned(_window(job, indices.start), changed)
+
+
+def _window(job: Job, start: int) -> Mapping[str, QTensor | Tensor]:
+    """Weights of the finished window that starts at a block."""
+    return compressed_tensors.unpack(job.journal.weights(start), job.recipe.scheme.weight, job.recipe.layout)

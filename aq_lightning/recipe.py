@@ -63,6 +63,35 @@ class WindowPlan:
 
 
 @dataclass(frozen=True)
+class ScaleTuning:
+    """What follows once every block is rounded: scales, norms and biases of all blocks trained together on what the
+    full-precision model says (:mod:`aq_lightning.calibration.tuning`), with the recipe's optimizer."""
+
+    epochs: int
+    """Passes over the calibration windows."""
+    scales: float
+    """Step size of scales, in steps of the grid: how far it moves a code at the far end of its range. With 2 bits a
+    third of it is what the scale itself changes by, with 4 a fifteenth."""
+    norms: float
+    """The same of norms and biases, relative to the root of their mean square."""
+    batch_size: int = 4
+    """Windows of text per step."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise RequestError(
+                    f"Tuning takes at least {least}, got tuning.{name} {getattr(self, name)}: raise it, or leave "
+                    "model.tuning out."
+                )
+        for name in ("scales", "norms"):
+            if not 0 <= getattr(self, name) <= _GREATEST_RATE:
+                raise RequestError(
+                    f"A step size lies in [0, {_GREATEST_RATE:g}], got tuning.{name} {getattr(self, name)}: try 1e-2."
+                )
+
+
+@dataclass(frozen=True)
 class StreamStorage:
     """How streams are kept between passes."""
 
@@ -124,6 +153,8 @@ class Recipe:
     """What enters a block in training: what the blocks before it answer as they are quantized, or in full precision."""
     diagonal_guard: bool = False
     """Whether each window with affine matrices is also trained with these kept diagonal, as one more candidate."""
+    tuning: ScaleTuning | None = None
+    """What follows once every block is rounded; None: nothing."""
 
     def __post_init__(self) -> None:
         rounded = self.scheme.activation is not None or self.scheme.key_value is not None

@@ -34,7 +34,7 @@ def status_of(path: Path) -> str:
         "last write": f"{duration(max(0.0, time.time() - max(file.st_mtime for file in files)))} ago",
     }
     if now is not None and not finished:
-        lines["now"] = (f"block {now['block']}, epoch {now['epoch'] + 1} of {now['epochs']}, step {now['step']}, "
+        lines["now"] = (f"{now['place']}, epoch {now['epoch'] + 1} of {now['epochs']}, step {now['step']}, "
                         f"loss {now['loss']:.3g}")  # fmt: skip
         lines["time left"] = _left(done, now)
     return "\n".join(f"{name:<11}{value}" for name, value in lines.items() if value)
@@ -50,8 +50,10 @@ def _named(path: Path) -> str:
 
 
 def _left(done: list[dict], now: dict) -> str:
-    """From the mean time of the finished windows, less the share of epochs done in the one at work."""
+    """From the mean time of the finished windows, less the share of epochs done in the one at work; may be empty."""
     if not done:
         return "known after the first window"
+    if len(done) == now["windows"]:  # what follows for the whole model
+        return ""
     rest = now["windows"] - len(done) - min(1.0, (now["epoch"] + 1) / max(now["epochs"], 1))
     return duration(max(0.0, rest) * sum(each["seconds"] for each in done) / len(done))

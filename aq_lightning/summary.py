@@ -35,15 +35,24 @@ def say(line: str) -> None:
 
 
 class Log:
-    """A line for each window when it is done."""
+    """A line for each window when it is done.
 
-    def __init__(self) -> None:
-        self.began, self.done = time.monotonic(), 0
+    Args:
+        tuned: whether the whole model's scales are tuned behind the last.
+    """
+
+    def __init__(self, tuned: bool) -> None:
+        self.began, self.done, self.tuned = time.monotonic(), 0, tuned
 
     def window(self, position: Position, metrics: Mapping[str, Any]) -> None:
-        """Says what became of a window, and how long the others will take."""
+        """Says what became of a window, and how long the others will take; or of the whole model."""
         self.done += 1
         rest = position.windows - position.window - 1
+        if rest < 0:
+            say(f"scales of all blocks: {tuned_line(metrics)}, {duration(metrics['seconds'])}, "
+                f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB")  # fmt: skip
+            say("writing and checking the checkpoint")
+            return
         left = duration(rest * (time.monotonic() - self.began) / self.done)
         outcome = "" if metrics["outcome"] == "trained" or not metrics["attempts"] else f", {metrics['outcome']}"
         say(
@@ -52,7 +61,14 @@ class Log:
             f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB, " + (f"{left} left" if rest else "the last")
         )
         if not rest:
-            say("writing and checking the checkpoint")
+            say("tuning the scales of all blocks" if self.tuned else "writing and checking the checkpoint")
+
+
+def tuned_line(metrics: Mapping[str, Any]) -> str:
+    """What became of the scales, in words."""
+    before, after = (metrics["divergence"][when] for when in ("before", "after"))
+    kept = "" if metrics["outcome"] == "trained" else ": training did not help, so they were left as they were"
+    return f"divergence from full precision {before:.3g} → {after:.3g}{kept}"
 
 
 @rank_zero_only
@@ -81,6 +97,8 @@ def summary_lines(path: Path, results: Mapping[str, Any], program: str) -> Itera
         yield f"training did not help, so these blocks were left as named: {kept}"
     for cause in (Cause(**each) for block in results["blocks"] for each in block["causes"]):
         yield f"an attempt was stopped, {cause}"
+    if results.get("tuning") and results["tuning"]["outcome"] != "trained":
+        yield f"scales of all blocks: {tuned_line(results['tuning'])}"
     yield f"checkpoint: {path / 'checkpoint'}"
     yield f"checked: {results['parity']}"
     if (path / REPORT).is_file():

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from aq_lightning.calibration import BlockCalibration, LiveWindow, RunDirectory, streams
 from aq_lightning.cli import main
+from aq_lightning.data import check_windows
 from aq_lightning.durable import manifest
 from aq_lightning.errors import RequestError
-from aq_lightning.pipeline import check_windows
 from aq_lightning.status import status_of
 from benchmarks.kill import digests
 

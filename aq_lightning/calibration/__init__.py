@@ -9,6 +9,8 @@ from aq_lightning.calibration.batches import Share as Share
 from aq_lightning.calibration.block import BlockCalibration as BlockCalibration
 from aq_lightning.calibration.block import Position as Position
 from aq_lightning.calibration.block import save_trained as save_trained
+from aq_lightning.calibration.call import Arguments as Arguments
+from aq_lightning.calibration.checkpoint import WHOLE as WHOLE
 from aq_lightning.calibration.checkpoint import WORLD as WORLD
 from aq_lightning.calibration.checkpoint import Resume as Resume
 from aq_lightning.calibration.checkpoint import RunDirectory as RunDirectory
@@ -27,6 +29,10 @@ from aq_lightning.calibration.rotated import rotated as rotated
 from aq_lightning.calibration.shared import open_run as open_run
 from aq_lightning.calibration.streams import Streams as Streams
 from aq_lightning.calibration.streams import capture as capture
+from aq_lightning.calibration.tuning import WholeModel as WholeModel
+from aq_lightning.calibration.tuning import assemble as assemble
+from aq_lightning.calibration.tuning import retuned as retuned
+from aq_lightning.calibration.tuning import tune as tune
 from aq_lightning.calibration.watch import Cause as Cause
 from aq_lightning.calibration.window import LiveWindow as LiveWindow
 from aq_lightning.calibration.window import switches as switches

@@ -3,7 +3,6 @@ once damaged."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from aq_lightning.durable import (
     write_text,
 )
 from aq_lightning.errors import RequestError
+from aq_lightning.wording import changed_lines
 
 Resume = Literal["auto", "must", "never"]
 
@@ -44,6 +44,8 @@ _METRICS = "metrics.json"
 _AT_WORK = "now.json"
 _STREAMS = "streams.safetensors"
 WORLD = "world size"  # in the fingerprint: the number of processes
+WHOLE = 9999  # the window behind all others, ``tuning/``
+_TUNING = "tuning"
 
 
 class RunDirectory:
@@ -52,9 +54,10 @@ class RunDirectory:
     ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``blocks/0007/``: a
     finished window, named after its first block: ``weights.safetensors`` (packed), ``transforms.safetensors``
     (float64), ``metrics.json``. ``streams/0007/``: the streams that enter the window at work. ``inside/``: the
-    checkpoints inside it. ``logs/``: the loggers'. ``checkpoint/``: the result, and ``checkpoint.json`` the sums of its
-    files. ``results.json``: the final table. ``lock``: the process at work. A finished window names the sum of the
-    window before it, so that what was fitted to other streams is never taken.
+    checkpoints inside it. ``tuning/``: what followed for all blocks together, a window with what it changed alone.
+    ``logs/``: the loggers'. ``checkpoint/``: the result, and ``checkpoint.json`` the sums of its files.
+    ``results.json``: the final table. ``lock``: the process at work. A finished window names the sum of the one before
+    it, so that what was fitted to other streams is never taken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +99,7 @@ class RunDirectory:
             raise RequestError(f"A run goes on with as many processes as it began with, got {ranks} for {str(path)!r}, "
                                f"which began with {before}: set --trainer.devices times --trainer.num_nodes to "
                                f"{before}, or choose another --out.")  # fmt: skip
-        changes = _changes((path / _CONFIG).read_text(errors="replace"), config) if begun else []
+        changes = changed_lines((path / _CONFIG).read_text(errors="replace"), config) if begun else []
         if changes:
             raise RequestError(
                 f"A run directory belongs to one configuration, got {str(path)!r}, which holds another "
@@ -158,12 +161,12 @@ class RunDirectory:
             remove(scratch)
         damaged = []
         self._manifests = {}
-        for place in sorted(self.path.glob("blocks/[0-9]*[0-9]")):
-            content = manifest(place)
+        for place in [*sorted(self.path.glob("blocks/[0-9]*[0-9]")), *self.path.glob(_TUNING)]:
+            content, tuning = manifest(place), place.name == _TUNING
             if content is not None and "after" in content and content["files"].keys() >= {_WEIGHTS, _METRICS}:
-                self._manifests[int(place.name)] = content
+                self._manifests[WHOLE if tuning else int(place.name)] = content
             else:
-                damaged.append(f"block {place.name}")
+                damaged.append(_TUNING if tuning else f"block {place.name}")
                 remove(place)
         if self.checkpoint.exists() and not self.exported():
             damaged.append("checkpoint")
@@ -265,6 +268,10 @@ class RunDirectory:
         """Metrics of the finished windows in order."""
         return [json.loads(path.read_text()) for path in sorted(self.path.glob(f"blocks/*[0-9]/{_METRICS}"))]
 
+    def tuning(self) -> dict[str, Any] | None:
+        """Metrics of what followed for the whole model; None: nothing."""
+        return next((json.loads(path.read_text()) for path in self.path.glob(f"{_TUNING}/{_METRICS}")), None)
+
     @property
     def results(self) -> dict[str, Any] | None:
         """The final table of a finished run whose result is undamaged."""
@@ -277,7 +284,7 @@ class RunDirectory:
             remove(scratch)
 
     def _block(self, block: int) -> Path:
-        return self.path / "blocks" / f"{block:04d}"
+        return self.path / (_TUNING if block == WHOLE else f"blocks/{block:04d}")
 
     def _streams(self, block: int) -> Path:
         return self.path / "streams" / f"{block:04d}"
@@ -291,9 +298,3 @@ class RunDirectory:
 def _may_precede(entry: Path) -> bool:
     """Whether an entry of a directory may have been left by a process that was killed before its run began."""
     return entry.suffix == ".partial" or entry.name in (_LOCK, _FINGERPRINT)
-
-
-def _changes(before: str, after: str) -> list[str]:
-    """Changed lines of two configurations, as ``- old`` and ``+ new``."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
-    return [f"{line[0]} {line[1:].strip()}" for line in lines if line[0] in "+-" and line[:3] not in ("+++", "---")]

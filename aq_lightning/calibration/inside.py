@@ -7,18 +7,30 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from aq_lightning import distributed
 from aq_lightning.calibration.batches import Pairs
-from aq_lightning.calibration.block import BlockCalibration
+from aq_lightning.calibration.block import Position
 from aq_lightning.calibration.interruption import SIGNALS, Stopping
 from aq_lightning.durable import manifest, partial_of, remove, sealed
 
 _STATE = "state.ckpt"
+
+
+class Fitted(Protocol):
+    """A LightningModule that an :class:`Attempt` can fit."""
+
+    place: str
+    """What it is called in messages."""
+    position: Position
+    """Where it stands in the run."""
+    after_step: Callable[[Fitted, int], None] | None
+    """It calls this at the very end of every batch."""
+    trainer: Trainer
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Attempt(Checkpoint):
         self.saved = 0
         self.batches: Pairs | None = None
 
-    def fit(self, module: BlockCalibration, batches: Pairs) -> None:
+    def fit(self, module: Fitted, batches: Pairs) -> None:
         """Trains, or goes on training.
 
         Raises:
@@ -88,22 +100,22 @@ class Attempt(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches.load_state_dict(state_dict)  # Lightning does not, where a schedule made it count the steps before
 
-    def on_train_start(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Fitted) -> None:
         for each in SIGNALS if self.inside.stopping.heard else ():
             signal.signal(each, self.inside.stopping)  # Lightning's own handler would end the fit without a checkpoint
         self._note(trainer, pl_module)
 
-    def after_step(self, module: BlockCalibration, batch_idx: int) -> None:
+    def after_step(self, module: Fitted, batch_idx: int) -> None:
         """At the very end of a batch; what belongs to the end of an epoch must not be cut off by a checkpoint."""
         stepped = (batch_idx + 1) % module.trainer.accumulate_grad_batches == 0
         if stepped and not module.trainer.is_last_batch:
             self._save_if_due(module.trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Fitted) -> None:
         self._note(trainer, pl_module)
         self._save_if_due(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: BlockCalibration) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Fitted) -> None:
         self._save(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
@@ -112,7 +124,7 @@ class Attempt(Checkpoint):
         if told or (every and trainer.global_step - self.saved >= every):
             self._save(trainer)
         if told:
-            stopping.stop(f" behind step {trainer.global_step} of block {int(self.name[:4])}")
+            stopping.stop(f" behind step {trainer.global_step} of {trainer.lightning_module.place}")
 
     def _save(self, trainer: Trainer) -> None:
         target = self.inside.place / f"{self.name}.{trainer.global_step:08d}"
@@ -130,11 +142,11 @@ class Attempt(Checkpoint):
     def _kept(self) -> list[Path]:
         return sorted(self.inside.place.glob(f"{self.name}.*[0-9]"))
 
-    def _note(self, trainer: Trainer, module: BlockCalibration) -> None:
+    def _note(self, trainer: Trainer, module: Fitted) -> None:
         position = module.position
         self.inside.note(
             {
-                "block": position.index,
+                "place": module.place,
                 "windows": position.windows,
                 "epoch": trainer.current_epoch,
                 "epochs": trainer.max_epochs,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.recipe import Recipe
@@ -39,7 +40,10 @@ def optimization(
         kinds = {"transform": maps, "clipping": [*ranges, *clips], "rounding": offsets}
         groups += [{"params": kinds[kind], "lr": getattr(recipe.learning_rates, kind) * slowdown} for kind in kinds]
     optimizer = recipe.optimizer([group for group in groups if group["params"]])
-    if recipe.decay == "none":
-        return optimizer
-    scheduler = _DECAYS[recipe.decay](optimizer, int(steps()))
+    return optimizer if recipe.decay == "none" else scheduled(optimizer, recipe.decay, int(steps()))
+
+
+def scheduled(optimizer: Optimizer, decay: Literal["cosine", "linear"], steps: int) -> dict[str, object]:
+    """An optimizer whose step sizes fall to 0 over so many steps, as Lightning takes it."""
+    scheduler = _DECAYS[decay](optimizer, steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

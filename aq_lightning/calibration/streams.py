@@ -82,6 +82,19 @@ def hidden_states(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
         yield
 
 
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What a model answers whose last block answers ``hidden``, (batch, length, hidden) → (batch, length, vocabulary);
+    differentiable.
+
+    Args:
+        model: causal language model; its blocks need no weights.
+        hidden: on its device.
+    """
+    with hidden_states(model, hidden):
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)  # they do not matter
+        return model(input_ids=tokens, use_cache=False).logits
+
+
 @contextmanager
 def _passing_through(
     blocks: Sequence[nn.Module], architecture: Architecture, inputs: list[Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aq_lightning.data.corpora import CORPORA, PYTHON, Corpus, Split, read
 from aq_lightning.data.files import TextFile
 from aq_lightning.data.protocols import PROTOCOLS, Protocol, protocol_windows
-from aq_lightning.data.windows import TokenWindows, calibration_windows, evaluation_windows
+from aq_lightning.data.windows import TokenWindows, calibration_windows, check_windows, evaluation_windows
 
 __all__ = [
     "CORPORA",
@@ -17,6 +17,7 @@ __all__ = [
     "TextFile",
     "TokenWindows",
     "calibration_windows",
+    "check_windows",
     "evaluation_windows",
     "protocol_windows",
     "read",

@@ -76,6 +76,23 @@ def evaluation_windows(tokens: Tensor, length: int, limit: int | None = None) ->
     return tokens[: count * length].view(count, length).clone()
 
 
+def check_windows(windows: Tensor, vocabulary: int) -> None:
+    """
+    Raises:
+        RequestError: these are no windows of tokens of a model with so many.
+    """
+    if windows.dtype != torch.int64 or windows.ndim != 2 or windows.numel() == 0:
+        raise RequestError(
+            "Calibration windows are int64 of shape (samples, length), got "
+            f"{windows.dtype} of shape {tuple(windows.shape)}: tokenize the text again."
+        )
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise RequestError(
+            f"Tokens lie in [0, {vocabulary}), the model's vocabulary, got {least} to {most}: use its own tokenizer."
+        )
+
+
 class TokenWindows(LightningDataModule):
     """Windows to calibrate and to evaluate on, tokenized once and cached on disk.
 

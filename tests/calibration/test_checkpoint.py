@@ -15,6 +15,7 @@ from torch import Tensor
 from aq_lightning import durable
 from aq_lightning.calibration import Keeper, RunDirectory, Streams, checkpoint
 from aq_lightning.errors import RequestError
+from aq_lightning.wording import changed_lines
 
 CONFIG = "model:\n  scheme: w4a16\n  batch_size: 4\n"
 FINGERPRINT = {"model config.json": "90 bytes", "torch": "2.13.0", "device": "cpu"}
@@ -244,6 +245,6 @@ def test_killed_while_the_directory_was_made(tmp_path: Path) -> None:
 
 
 def test_changes() -> None:
-    assert checkpoint._changes("a: 1\nb: 2\nc: 3\n", "a: 1\nb: 9\nc: 3\n") == ["- b: 2", "+ b: 9"]
-    assert checkpoint._changes("a: 1\n", "a: 1\n") == []
-    assert checkpoint._changes("a:\n- x\n", "a:\n- x\n- y\n") == ["+ - y"]
+    assert changed_lines("a: 1\nb: 2\nc: 3\n", "a: 1\nb: 9\nc: 3\n") == ["- b: 2", "+ b: 9"]
+    assert changed_lines("a: 1\n", "a: 1\n") == []
+    assert changed_lines("a:\n- x\n", "a:\n- x\n- y\n") == ["+ - y"]
