@@ -1,23 +1,144 @@
-"""Tuning of scales and norms: the right gradient, codes untouched, and a model nearer to the one it comes from."""
+"""Tuning of scales and norms: the right gradient, the right divergence in every architecture, codes untouched."""
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from fitting import CPU, LIGHTNING, plain_recipe
-from helpers import assert_close, tiny_llama
+from fitting import CPU, LIGHTNING
+from helpers import assert_close
 from lightning.pytorch import Trainer
+from tiny import MODELS, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from aq_lightning.calibration import Inside, Pairs, Stopping, Streams, WholeModel, assemble, capture, retuned, tune
-from aq_lightning.calibration.streams import logits
+from aq_lightning.calibration import Inside, LiveWindow, Pairs, Stopping, assemble, capture, retuned, tune
+from aq_lightning.calibration.streams import run
 from aq_lightning.calibration.tuned import TunedScales
-from aq_lightning.calibration.tuning import Tuned
+from aq_lightning.calibration.tuning import Tuned, WholeModel
+from aq_lightning.calibration.window import Weights
 from aq_lightning.errors import RequestError
-from aq_lightning.models.llama import SPEC
+from aq_lightning.export.loading import model_of
 from aq_lightning.models.loading import Pretrained, Source
+from aq_lightning.objectives import BlockMSE
 from aq_lightning.qtensor import QTensor, encode, grid_of
-from aq_lightning.recipe import ScaleTuning
-from aq_lightning.scheme import Grid
+from aq_lightning.quantizers import MinMax
+from aq_lightning.recipe import LearningRates, Recipe, ScaleTuning, StreamStorage, WindowPlan
+from aq_lightning.rounders import Nearest
+from aq_lightning.scheme import Grid, Scheme
+
+pytestmark = LIGHTNING
+QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+TOKENS = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Case:
+    """A random model rounded to nearest, and everything that tuning it takes."""
+
+    def __init__(self, name: str = "llama", tuning: ScaleTuning = ScaleTuning(6, 1e-2, 1e-2)) -> None:
+        made = tiny(name, torch.float32)
+        made.model.config.dtype = torch.float16
+        self.recipe = Recipe(
+            Scheme.parse("w2a16g16" if name != "gemma2" else "w3a16"), {}, MinMax, Nearest(), BlockMSE(),
+            torch.optim.AdamW, LearningRates(0, 0), "none", 4, WindowPlan(2), StreamStorage("float32", "host"), False,
+            False, "padded", tuning=tuning,
+        )  # fmt: skip
+        self.model = Pretrained(Source("random"), made.model, None, made.architecture)
+        self.stream, self.arguments = capture(self.model.shell(), TOKENS, self.recipe.streams, CPU)
+        live = LiveWindow(self.model, self.model.window(range(2)), self.arguments, self.recipe, CPU)
+        self.target = live.run(self.stream)
+        self.weights: Weights = live.merge(live.attach_nearest(), [{}, {}])
+
+    def whole(self) -> WholeModel:
+        return assemble(self.model, self.recipe, self.arguments, lambda _: self.weights, CPU)
+
+    def tune(self, place: Path) -> Tuned:
+        plan = {"accelerator": "cpu", "max_epochs": self.recipe.tuning.epochs, "default_root_dir": str(place)}
+        inside = Inside(place / "inside", 0, Stopping(), lambda _: None)
+        loader: Callable[[], Pairs] = lambda: Pairs(self.stream, self.target, self.recipe.tuning.batch_size, 0)
+        trainer = inside.attempts(9999, lambda: Trainer(**plan, **QUIET))
+        return tune(self.whole(), self.model, (self.stream, self.target), trainer, loader)
+
+    def divergence(self, weights: Weights) -> float:
+        """From the model itself, by transformers' own forward pass of both."""
+        dense = {name: value.dequantize(torch.float32) if isinstance(value, QTensor) else value.float()
+                 for name, value in {**self.model.outside(), **weights}.items()}  # fmt: skip
+        written = model_of(self.model.model.config, dense, torch.float32)
+        p, q = (probabilities(each) for each in (self.model.model, written))
+        return float((p * (p / q).log()).sum(-1).mean())
+
+
+def probabilities(model: PreTrainedModel) -> Tensor:
+    return model(TOKENS, use_cache=False).logits.double().softmax(-1)
+
+
+def test_weights_and_their_gradient_are_those_of_plain_autograd() -> None:
+    weight, grid = torch.randn(8, 48), Grid(3, 16)
+    groups = weight.unflatten(1, (-1, 16))
+    scale, zero = grid_of(groups.amin(-1), groups.amax(-1), grid, torch.float16)
+    codes = encode(groups, scale[..., None], zero[..., None], grid).flatten(1)
+    tensor = QTensor(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), grid)
+    module, cotangent = TunedScales(tensor), torch.randn(8, 48)
+    assert torch.equal(module(), tensor.dequantize(torch.float32))
+    (got,) = torch.autograd.grad((module() * cotangent).sum(), module.ratio)
+    assert_close("d ratio", (tensor.dequantize(torch.float32) * cotangent).unflatten(1, (3, -1)).sum(-1), got, 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_divergence_is_that_of_the_models(name: str, tmp_path: Path) -> None:
+    """Before and after, of what is written; and no code or zero point is another."""
+    case = Case(name)
+    result = case.tune(tmp_path)
+    assert result.before == pytest.approx(case.divergence(case.weights), rel=1e-3)
+    assert result.after < 0.9 * result.before
+    tuned = retuned(case.weights, result.tensors)
+    assert result.after == pytest.approx(case.divergence(tuned), rel=1e-3)
+    assert tuned.keys() == case.weights.keys()
+    for key, before in case.weights.items():
+        after = tuned[key]
+        if isinstance(before, QTensor):
+            assert torch.equal(after.codes, before.codes) and torch.equal(after.zero, before.zero)
+            assert after.scale.dtype == before.scale.dtype and after.scale.shape == before.scale.shape
+            assert not torch.equal(after.scale, before.scale) or not before.codes.ne(before.zero[:, :1]).any(), key
+        else:
+            assert after.dtype == before.dtype and (before.ndim == 1 or torch.equal(after, before))
+
+
+def test_memory_does_not_hold_every_blocks_weights() -> None:
+    """Between the passes nothing that a block computed stays but what enters it."""
+    case = Case()
+    whole, sizes = case.whole(), []
+
+    def kept(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        whole.train().objective(case.stream, case.target)
+    assert 0 < max(sizes) <= case.stream.numel()
+
+
+def test_what_does_not_help_is_left_as_it_was(tmp_path: Path) -> None:
+    for tuning in (ScaleTuning(1, 0.0, 0.0), ScaleTuning(1, 1e3, 0.0), ScaleTuning(1, 1e6, 1e6)):
+        case = Case(tuning=tuning)
+        result = case.tune(tmp_path / str(tuning.scales))
+        assert result.tensors == {} and not result.after < result.before
+        assert retuned(case.weights, result.tensors) == case.weights
+
+
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 0}, {"batch_size": 0}, {"scales": -1.0}, {"norms": float("nan")}], ids=str
+)
+def test_what_cannot_be_is_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=f"got tuning.{next(iter(changes))} "):
+        ScaleTuning(**{"epochs": 1, "scales": 1e-2, "norms": 1e-2, **changes})
+
+
+def test_the_full_precision_model_is_no_distance_from_itself() -> None:
+    case = Case()
+    whole = case.whole()
+    assert whole.divergence(case.target[0], case.target[0]).abs() < 1e-6
+    answered = run(whole.blocks, case.arguments, case.stream, 4, CPU)
+    assert whole.divergence(answered[0], case.target[0]) > 1e-3
