@@ -29,10 +29,10 @@ from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
-from aq_lightning.preparation import Prepared, prepare
+from aq_lightning.preparation import Prepared, check_tuning, prepare
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
-from aq_lightning.strategy import alone, begin, check_start, check_steps, check_trainer, replicas, wished
+from aq_lightning.strategy import alone, begin, check_shares, check_start, check_steps, check_trainer, replicas, wished
 from aq_lightning.summary import Log, draw, program, say, summary_lines
 from aq_lightning.vigil import Vigil
 
@@ -134,6 +134,8 @@ class CommandLine(LightningCLI):
         strategy, samples = self.trainer.strategy, datamodule.calibration_shape[0]
         ranks, rank = check_start(strategy, self._called)
         check_steps(ranks, samples, model.recipe.batch_size, self._section.trainer.accumulate_grad_batches)
+        if model.recipe.tuning is not None:
+            check_shares(ranks, model.recipe.batch_size, model.recipe.tuning.batch_size)
         run = open_run(Path(self._section.out), configuration, guards.resume, ranks, rank)
         begin(strategy)
         with Vigil():
@@ -174,6 +176,7 @@ class CommandLine(LightningCLI):
     ) -> None:
         """From the checks to the table."""
         prepared = prepare(model)
+        check_tuning(prepared, datamodule.calibration_shape[1], self.trainer.strategy.root_device)
         model.recipe = prepared.recipe
         print("".join(f"{note}\n" for note in prepared.notes), end="")
         datamodule.attach_tokenizer(load_tokenizer(prepared.source, model.trust_remote_code))
@@ -279,6 +282,7 @@ class PlanningLine(CommandLine):
     def fit(self, model: QuantizedLanguageModel, datamodule: TokenWindows) -> None:
         prepared = prepare(model)
         (samples, length), section = datamodule.calibration_shape, self._section.trainer
+        check_tuning(prepared, length, self.trainer.strategy.root_device)
         ranks = wished(section.devices, section.num_nodes)
         check_steps(ranks, samples, model.recipe.batch_size, section.accumulate_grad_batches)
         probe = Probe(prepared, self.trainer.strategy.root_device, length, ranks)

@@ -27,13 +27,15 @@ class DiskUse:
     """Packed weights and transforms of every block."""
     inside: int
     """Checkpoints inside the block at work: one of each attempt at it, and the one being written."""
+    tuning: int
+    """Scales, norms and biases of all blocks that were tuned, and the checkpoints meanwhile; 0 if none are."""
     streams: int
     """Activations entering the block at work, those being written and those before them; 0 if they are not kept."""
 
     @property
     def total(self) -> int:
         """All together."""
-        return self.result + self.blocks + self.inside + self.streams + _SLACK
+        return self.result + self.blocks + self.inside + self.tuning + self.streams + _SLACK
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_size(count)}" for name, count in vars(self).items() if count)
@@ -61,11 +63,14 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
     learnt = 8 * sum(tensor.numel() for part in (attached.transforms, attached.quantizers)
                      for tensor in part.state_dict().values())  # fmt: skip
     outside = sum(parameter.numel() for parameter in model.parameters()) - blocks * block
+    vectors = sum(parameter.numel() for parameter in attached.block.parameters() if parameter.ndim == 1)
+    tuned = blocks * (groups + vectors) * (storage + 2 * 12)  # two checkpoints: parameters and moments, float32
     pair = 2 * stream * recipe.streams.torch_dtype.itemsize
     return DiskUse(
         result=blocks * packed + storage * max(outside, 0),
         blocks=blocks * (packed + learnt),
         inside=7 * recipe.plan.size * 6 * learnt,  # attempts, six at most; parameters, moments, states to return to
+        tuning=0 if recipe.tuning is None else tuned,
         streams=2 * pair,
     )
 

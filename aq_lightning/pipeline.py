@@ -126,6 +126,8 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
     share = Share(len(windows), recipe.batch_size, distributed.rank(), distributed.ranks())
     stream, arguments = capture(model.shell(), windows[share.indices()], recipe.streams, job.device)
     streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
+    entering = None if recipe.tuning is None else stream
+    del stream  # which the first window uses up
     first, streams = _where_to_go_on(job, starts, streams)
     ahead = [indices for indices in plan if indices.start >= first]
     with Keeper(job.journal) as keeper:
@@ -147,7 +149,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
             if job.guards.keep_streams and indices.start in following:
                 keeper.keep(following[indices.start], streams)
         if not all(job.journal.finished(start) for start in starts):
-            tune_scales(job, (stream, streams.full), arguments, len(windows))
+            tune_scales(job, (entering, streams.full), arguments, len(windows))
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:

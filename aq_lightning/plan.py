@@ -28,6 +28,7 @@ from aq_lightning.quantizers import quantized
 
 _VOCABULARY = 64  # tokens of the random model
 _STEPS = 2
+_TUNED = 4  # passes that a step of tuning is worth: forward twice, and backward
 _PASSES = 7  # full precision, four candidates, the merged block, and on to the next
 
 
@@ -138,7 +139,10 @@ def plan_lines(
     for name, count in memory(prepared, measured, shape, ranks).items():
         yield f"{name} memory{each}: {count / 1e9:.2f} GB"
     block = block_seconds(measured, -(-samples // recipe.batch_size), epochs, recipe.objective.same_input)
-    yield (f"time: {block:.1f} s a block, {block * prepared.blocks / 3600:.2f} h for all, without scoring"
+    tuning = 0 if recipe.tuning is None else _TUNED * recipe.tuning.epochs + 2  # passes of all samples
+    whole = block + tuning * -(-samples // recipe.batch_size) * measured.forward  # tuning's share of a block
+    yield (f"time: {block:.1f} s a block, {whole * prepared.blocks / 3600:.2f} h for all"
+           f"{' and the tuning of their scales' if tuning else ''}, without scoring"
            f"{' and without what the processes tell one another' if ranks > 1 else ''}")  # fmt: skip
 
 
@@ -151,23 +155,27 @@ def block_seconds(measured: Measured, batches: int, epochs: int, same_input: boo
 def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks: int = 1) -> dict[str, int]:
     """Peak bytes by device, of one process: what the probe took, and its share of all streams instead of the probe's.
 
-    There are four at once: both that enter the block, the target, and the one that is being computed. Beside a GPU, the
-    host holds the next block and, while the result is written, as much as a block in float32 takes.
+    There are four at once: both that enter the block, the target, and the one that is being computed; and what enters
+    the first block, if scales are tuned, which reads two. Beside a GPU, the host holds the next block and, while the
+    result is written, as much as a block in float32 takes.
     """
     samples, length = shape
     storage = prepared.recipe.streams
     more = max(-(-samples // ranks) - _STEPS * -(-prepared.recipe.batch_size // ranks), 0)
-    streams = 4 * more * length * prepared.config.get_text_config().hidden_size * storage.torch_dtype.itemsize
+    tuning, hidden = prepared.recipe.tuning, prepared.config.get_text_config().hidden_size
+    stream = more * length * hidden * storage.torch_dtype.itemsize
+    streams = (4 if tuning is None else 5) * stream
     block = sum(parameter.numel() for parameter in prepared.attached.block.parameters())
     outside = sum(parameter.numel() for parameter in prepared.model.parameters()) - prepared.blocks * block
     host = 4 * max(outside, 0) + (4 + prepared.storage.itemsize) * block
     if prepared.source.gguf_file is not None:  # dequantized whole, and copied, both in float32
         host = 8 * sum(parameter.numel() for parameter in prepared.model.parameters())
+    whole = 0 if tuning is None else prepared.tuning_memory(length, -(-tuning.batch_size // ranks))
     if not torch.cuda.is_available():
-        return {"host": measured.memory + streams + host}
+        return {"host": max(measured.memory + streams, whole + 2 * stream) + host}
     own = peak_memory(torch.device("cpu"))
     on_device = storage.place == "device"
     return {
-        "GPU": measured.memory + (streams if on_device else 0),
+        "GPU": max(measured.memory + streams, whole + 2 * stream) if on_device else max(measured.memory, whole),
         "host": own + host + (0 if on_device else streams),
     }

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from aq_lightning.calibration import AttachedBlock, adapt, attach, merge
+from aq_lightning.calibration.attach import weights
 from aq_lightning.disk import DiskUse, disk_use
 from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits, overhead_lines
@@ -57,6 +58,21 @@ class Prepared:
         """Effective bits per weight of the result."""
         shared = {id(self.architecture): self.architecture}
         return effective_bits(merge(deepcopy(self.attached, shared), self.storage))
+
+    def tuning_memory(self, length: int, windows: int = 1) -> int:
+        """Bytes that tuning the scales of all blocks takes at most beside streams, with so many windows at once.
+
+        All codes and the state of the optimizer stay; of a block's weights, in float32, their copies and gradients, and
+        of a window's logits there is one at a time.
+        """
+        text, block = self.config.get_text_config(), self.attached.block
+        numbers, vectors = (sum(p.numel() for p in block.parameters() if (p.ndim == 1) == vector) for vector in (0, 1))
+        grid = self.recipe.scheme.weight
+        groups = sum(weight.numel() // (grid.group_size or weight.shape[-1]) for weight in weights(block).values())
+        outside = sum(p.numel() for p in self.model.parameters()) - self.blocks * (numbers + vectors)
+        kept = self.blocks * (numbers + 3 * groups + 16 * (groups + vectors)) + 4 * max(outside, 0)
+        seen = 4 * windows * length * text.hidden_size * (self.blocks + 40)  # what enters blocks, and inside of one
+        return kept + 20 * numbers + seen + 32 * length * text.vocab_size
 
     def places(self) -> list[dict[str, Any]]:
         """For each site of a block, its ends and the factors that fold there and that stay online; plain data."""
@@ -108,6 +124,26 @@ def prepare(model: QuantizedLanguageModel) -> Prepared:
         notes.append(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     notes += overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits)
     return Prepared(source, config, architecture, shell, recipe, attached, storage, tuple(notes))
+
+
+def check_tuning(prepared: Prepared, length: int, device: torch.device) -> None:
+    """
+    Args:
+        prepared: the model and the recipe.
+        length: tokens of a window.
+        device: where to work.
+
+    Raises:
+        RequestError: the scales of all blocks cannot be tuned together in the memory of a GPU.
+    """
+    if prepared.recipe.tuning is None or device.type != "cuda":
+        return
+    needed, there = prepared.tuning_memory(length), torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        raise RequestError(
+            f"The scales of all blocks are tuned in the memory of one GPU, got {there / 1e9:.1f} GB where "
+            f"{needed / 1e9:.1f} GB are needed: add --model.tuning null, or lower data.length."
+        )
 
 
 def _check_optimizer(recipe: Recipe, attached: AttachedBlock) -> None:

@@ -105,6 +105,19 @@ def check_steps(ranks: int, samples: int, batch_size: int, accumulated: int) -> 
         )
 
 
+def check_shares(ranks: int, batch_size: int, tuned: int) -> None:
+    """
+    Raises:
+        RequestError: the windows of text of a process would be others when scales are tuned than they were before.
+    """
+    if batch_size % ranks or tuned % ranks:
+        raise RequestError(
+            f"Several processes tune scales with the windows that they have, got {ranks} processes for batches of "
+            f"{batch_size} and {tuned}: set --model.batch_size and --model.tuning.batch_size to multiples of {ranks}, "
+            "or add --model.tuning null."
+        )
+
+
 def alone(strategy: Strategy) -> dict[str, object]:
     """Options of a Trainer that leaves this process on its device without the others."""
     if not isinstance(strategy, Replicas):

@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EVENTS = ("write", "fsync", "replace", "rename", "mkdir")
 """Functions of ``os`` whose calls are counted; optimizer steps are counted too."""
-TENSORS = ("checkpoint/*", "blocks/*/weights.safetensors", "blocks/*/transforms.safetensors")
+TENSORS = ("checkpoint/*", "blocks/*/weights.safetensors", "blocks/*/transforms.safetensors", "tuning/*.safetensors")
 """Files of a run that must come out the same."""
 MEASURED = ("seconds", "peak_memory_bytes")
 """What differs from run to run."""
@@ -78,8 +78,8 @@ def digests(run: Path) -> dict[str, str]:
     files = [path for pattern in TENSORS for path in run.glob(pattern) if path.is_file()]
     sums = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
     results = json.loads((run / "results.json").read_text())
-    for block in results["blocks"]:
-        sums[f"block {block['block']}"] = str({k: v for k, v in block.items() if k not in MEASURED})
+    for block in [*results["blocks"], *([results["tuning"]] if results["tuning"] else [])]:
+        sums[f"block {block.get('block', 'of all')}"] = str({k: v for k, v in block.items() if k not in MEASURED})
     return {**sums, "table": str(results["rows"])}
 
 
@@ -184,7 +184,7 @@ def _live(order: dict, log: Path, pipe: int) -> None:
     """A child: counts its events in a pipe, and dies where it is told to."""
     import torch
 
-    from aq_lightning.calibration import BlockCalibration
+    from aq_lightning.calibration import BlockCalibration, WholeModel
     from aq_lightning.cli import main
 
     torch.set_num_threads(1)
@@ -212,6 +212,7 @@ def _live(order: dict, log: Path, pipe: int) -> None:
     for name in EVENTS:
         event(os, name)
     event(BlockCalibration, "training_step")
+    event(WholeModel, "training_step")
     status = 1
     try:
         main(order["arguments"])

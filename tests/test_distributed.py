@@ -22,7 +22,16 @@ from aq_lightning.cli import main
 from benchmarks.kill import digests, tiny_fit, tiny_model
 
 TWO = ("--trainer.devices", "2")
-SIZES = ("--data.samples", "9", "--model.batch_size", "4", "--model.streams.dtype", "float32")  # 5 samples and 4
+TUNING = ("--model.tuning", '{"epochs": 2, "scales": 0.01, "norms": 0.01}')
+SIZES = (
+    *TUNING,
+    "--data.samples",
+    "9",
+    "--model.batch_size",
+    "4",
+    "--model.streams.dtype",
+    "float32",
+)  # 5 samples and 4
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +102,9 @@ def test_two_processes_end_where_one_does(runs: tuple[Path, Path]) -> None:
         packed, other = (load_file(run / place / "weights.safetensors") for run in runs)
         for name in (name for name in packed if name.endswith("weight_packed")):
             assert (packed[name] != other[name]).float().mean() <= 0.01, name
+    one, two = (json.loads((run / "results.json").read_text())["tuning"] for run in runs)
+    assert one["divergence"] == pytest.approx(two["divergence"], rel=0.02) and one["outcome"] == two["outcome"]
+    assert one["divergence"]["after"] < one["divergence"]["before"]
     assert json.loads((runs[1] / "fingerprint.json").read_text())["world size"] == "2"
 
 
@@ -131,6 +143,7 @@ def test_another_number_of_processes_is_refused(
     "options, fix",
     [
         (("--trainer.devices", "8"), "set --model.batch_size to a multiple of 8"),
+        ((*TWO, "--model.tuning.batch_size", "3"), "set --model.batch_size and --model.tuning.batch_size to multiples"),
         ((*TWO, "--trainer.accumulate_grad_batches", "2"), "leave it at 1, and raise --model.batch_size"),
         ((*TWO, "--trainer.strategy", "ddp_spawn"), "set --trainer.strategy ddp"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -79,6 +80,22 @@ def test_killed_late_in_a_block(nursery: Nursery, directory: Path, fit, tmp_path
     assert lives[0] == -signal.SIGKILL
     assert nursery.run(command).status == 0
     assert digests(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("streams", ["true", "false"], ids=["kept", "recomputed"])
+def test_killed_while_scales_are_tuned(nursery: Nursery, directory: Path, tmp_path: Path, streams: str) -> None:
+    """Thrice, counted from the end of an undisturbed run: before, in and behind the checkpoints of the tuning."""
+    options = ("--model.tuning", json.dumps({"epochs": 3, "scales": 0.01, "norms": 0.01}), "--keep_streams", streams)
+    command = tiny_fit(directory, *options)
+    reference = nursery.run(command(tmp_path / "reference"))
+    expected, seen = digests(tmp_path / "reference"), []
+    for before_the_end in (160, 145, 130):
+        run = tmp_path / f"run-{before_the_end}"
+        assert nursery.run(command(run), event=reference.events - before_the_end).status == -signal.SIGKILL
+        seen += [path.name for path in run.glob("inside/9999.*")]
+        assert nursery.run(command(run)).status == 0
+        assert digests(run) == expected
+    assert seen and "block of all" in expected
 
 
 def start(command: list[str], directory: Path) -> subprocess.Popen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tiny import MODELS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aq_lightning.calibration import Inside, LiveWindow, Pairs, Stopping, assemble, capture, retuned, tune
+from aq_lightning.calibration import WHOLE, Inside, LiveWindow, Pairs, Stopping, assemble, capture, retuned, tune
 from aq_lightning.calibration.streams import run
 from aq_lightning.calibration.tuned import TunedScales
 from aq_lightning.calibration.tuning import Tuned, WholeModel
@@ -31,13 +30,14 @@ from aq_lightning.scheme import Grid, Scheme
 
 pytestmark = LIGHTNING
 QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+TUNING = ScaleTuning(epochs=3, scales=2e-2, norms=2e-2)
 TOKENS = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
 class Case:
     """A random model rounded to nearest, and everything that tuning it takes."""
 
-    def __init__(self, name: str = "llama", tuning: ScaleTuning = ScaleTuning(6, 1e-2, 1e-2)) -> None:
+    def __init__(self, name: str = "llama", tuning: ScaleTuning = TUNING) -> None:
         made = tiny(name, torch.float32)
         made.model.config.dtype = torch.float16
         self.recipe = Recipe(
@@ -57,9 +57,8 @@ class Case:
     def tune(self, place: Path) -> Tuned:
         plan = {"accelerator": "cpu", "max_epochs": self.recipe.tuning.epochs, "default_root_dir": str(place)}
         inside = Inside(place / "inside", 0, Stopping(), lambda _: None)
-        loader: Callable[[], Pairs] = lambda: Pairs(self.stream, self.target, self.recipe.tuning.batch_size, 0)
-        trainer = inside.attempts(9999, lambda: Trainer(**plan, **QUIET))
-        return tune(self.whole(), self.model, (self.stream, self.target), trainer, loader)
+        trainer, data = inside.attempts(WHOLE, lambda: Trainer(**plan, **QUIET)), (self.stream, self.target)
+        return tune(self.whole(), self.model, data, trainer, lambda: Pairs(*data, self.recipe.tuning.batch_size, 0))
 
     def divergence(self, weights: Weights) -> float:
         """From the model itself, by transformers' own forward pass of both."""
