@@ -249,7 +249,7 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
         )
     metrics: dict[str, Any] = {
         "outcome": "trained" if result.tensors else "start",
-        "divergence": {"before": result.before, "after": result.after},
+        "divergence": {"before": result.before, "after": result.after if math.isfinite(result.after) else None},
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }

@@ -17,7 +17,7 @@ from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import Row, render
 from aq_lightning.export import formats
 from aq_lightning.report import REPORT, write_report
-from aq_lightning.wording import duration
+from aq_lightning.wording import divergences, duration
 
 _FORMATS: tuple[formats.Name, ...] = ("awq", "gptq", "gptq_v2", "dense")  # what engines take most widely comes first
 
@@ -66,9 +66,8 @@ class Log:
 
 def tuned_line(metrics: Mapping[str, Any]) -> str:
     """What became of the scales, in words."""
-    before, after = (metrics["divergence"][when] for when in ("before", "after"))
     kept = "" if metrics["outcome"] == "trained" else ": training did not help, so they were left as they were"
-    return f"divergence from full precision {before:.3g} → {after:.3g}{kept}"
+    return f"divergence from full precision {divergences(metrics)}{kept}"
 
 
 @rank_zero_only

@@ -11,7 +11,7 @@ from typing import Any
 from aq_lightning.durable import write_text
 from aq_lightning.report.figures import Curves, band, check_plots, distinct, heat_map, over_depth, over_epochs
 from aq_lightning.report.record import Record
-from aq_lightning.wording import duration
+from aq_lightning.wording import divergences, duration
 
 REPORT = "report.html"
 """Its name in a run directory."""
@@ -112,6 +112,10 @@ def _sections(record: Record) -> Iterator[str]:
             "Of each epoch, faint to strong from the first block to the last": over_epochs(record.epochs),
         }
     )
+    if record.tuning:
+        yield "<h2>Scales of all blocks</h2>"
+        spent = duration(record.tuning["seconds"])
+        yield f"<p>Mean divergence from the full-precision model: {divergences(record.tuning)}, in {spent}.</p>"
     yield "<h2>What went otherwise</h2>"
     yield _list(_incidents(record)) or "<p>Nothing: every block was left as trained, no attempt was stopped.</p>"
     yield "<h2>Invertibility</h2>"
@@ -142,6 +146,8 @@ def _incidents(record: Record) -> Iterator[str]:
         for site, condition in window["condition"].items():
             if not condition <= _ILL:
                 yield f"block {window['block']}, {site}: left with condition number {condition:.1e}"
+    if record.tuning and record.tuning["outcome"] != "trained":
+        yield "scales of all blocks: training did not help, left as they were"
     yield from map(str, record.results.get("notes", ()))
 
 

@@ -83,6 +83,11 @@ class Record:
         return RunDirectory(self.path).all_metrics()
 
     @cached_property
+    def tuning(self) -> Mapping[str, Any]:
+        """Metrics of the tuning of all blocks' scales; empty if there was none."""
+        return RunDirectory(self.path).tuning() or {}
+
+    @cached_property
     def results(self) -> Mapping[str, Any]:
         """The final table and what is said with it; empty if the run is not finished."""
         return read_json(self.path / "results.json") or {}
@@ -107,13 +112,13 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Of the finished windows' calibration, without scoring."""
-        return sum(window["seconds"] for window in self.windows)
+        """Of the finished windows' calibration and the tuning, without scoring."""
+        return sum(window["seconds"] for window in self.windows) + self.tuning.get("seconds", 0.0)
 
     @property
     def memory(self) -> int:
         """Peak bytes of the device, on a CPU of the whole process; 0 if nothing is finished."""
-        return max((window["peak_memory_bytes"] for window in self.windows), default=0)
+        return max((each["peak_memory_bytes"] for each in (*self.windows, self.tuning) if each), default=0)
 
     @cached_property
     def epochs(self) -> list[Epoch]:

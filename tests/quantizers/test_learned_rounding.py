@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aq_lightning.errors import RequestError
 from aq_lightning.optimizers import SignSGD
 from aq_lightning.quantizers import LearnedRounding, MinMax
 from aq_lightning.scheme import Grid
@@ -50,6 +51,19 @@ def test_gradient_is_the_outputs_times_the_scale() -> None:
     free = torch.tensor([0 <= round(float(w) / scale) + zero <= 3 for w in weight[0]])
     assert quantizer.offset.grad[0].tolist() == pytest.approx((upstream * scale * free).tolist(), rel=1e-6)
     assert free.any() and not free.all()
+
+
+@pytest.mark.parametrize("reach", [0.25, 1.0, 2.0])
+def test_reach_bounds_how_far_a_code_goes(reach: float) -> None:
+    weight, grid = torch.linspace(-1, 1, 64, dtype=torch.float64).view(1, 64), Grid(4)
+    quantizer = LearnedRounding(grid, (1, 64), torch.float32, reach=reach)
+    start = quantizer.quantize(weight).codes.int()
+    quantizer.offset.data.fill_(9.0)
+    quantizer.project()
+    moved = (quantizer.quantize(weight).codes.int() - start)[start < grid.levels - 3]
+    assert moved.max() == max(1, int(reach)) and moved.min() == int(reach)
+    with pytest.raises(RequestError, match="got reach 0"):
+        LearnedRounding(grid, (1, 64), torch.float32, reach=0.0)
 
 
 def test_projection_keeps_the_bounds() -> None:
