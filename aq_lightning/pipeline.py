@@ -235,7 +235,8 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
     """
     began, recipe = time.monotonic(), job.recipe
     reset_peak_memory(job.device)
-    scratch, options = job.journal.scratch(WHOLE), {"max_epochs": recipe.tuning.epochs, "max_steps": -1, "callbacks": []}
+    scratch = job.journal.scratch(WHOLE)
+    options = {"max_epochs": recipe.tuning.epochs, "max_steps": -1, "callbacks": []}
     whole = assemble(job.pretrained, recipe, arguments, lambda start: _window(job, start), job.device)
     share = Share(samples, recipe.tuning.batch_size, distributed.rank(), distributed.ranks())
     inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
