@@ -250,7 +250,10 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
         )
     metrics: dict[str, Any] = {
         "outcome": "trained" if result.tensors else "start",
-        "divergence": {"before": result.before, "after": result.after if math.isfinite(result.after) else None},
+        "divergence": {
+            when: value if math.isfinite(value) else None
+            for when, value in (("before", result.before), ("after", result.after))
+        },
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }

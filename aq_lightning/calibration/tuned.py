@@ -77,7 +77,8 @@ class TunedBlock(nn.Module):
         self.kept = {name: tensor.dtype for name, tensor in vectors.items()}
         self.shapes = {name: block.get_parameter(name).shape for name in coded}
         for name in coded:
-            block.get_parameter(name).data = torch.empty(0)
+            parameter = block.get_parameter(name)
+            parameter.data = parameter.data.new_empty(0)
         self.scales = nn.ModuleDict({_key(name): TunedScales(tensor) for name, tensor in coded.items()})
         self.vectors = nn.ParameterDict({_key(name): nn.Parameter(tensor.float()) for name, tensor in vectors.items()})
 
