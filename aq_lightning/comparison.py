@@ -30,6 +30,7 @@ from aq_lightning.evaluation import (
 )
 from aq_lightning.export.compressed_tensors import read
 from aq_lightning.export.loading import open_model, open_parts
+from aq_lightning.kernels.products import fast_products
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.qtensor import QTensor
@@ -129,7 +130,8 @@ class Comparison:
             for parameter in model.parameters():  # alone: rotary tables are buffers and keep their own precision
                 parameter.data = parameter.data.float()
         test = PerplexityTest(model.eval())
-        trainer.test(test, self.loader, verbose=False)
+        with fast_products(trainer.strategy.root_device):
+            trainer.test(test, self.loader, verbose=False)
         model.to("cpu")
         return test.score.value
 

@@ -10,6 +10,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -78,14 +80,29 @@ def locate(pretrained: str) -> Source:
 
 def load_config(source: Source, trust_remote_code: bool = False):
     """The model's configuration, before any weight is read."""
-    with reading(source):
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
+    return _loaded(AutoConfig, source, trust_remote_code)
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
+    return _loaded(AutoTokenizer, source, trust_remote_code)
+
+
+def _loaded(kind: type, source: Source, trust_remote_code: bool):
+    """By the ``from_pretrained`` of a class. What GGUF says is kept, as its header takes seconds to read."""
+    if source.gguf_file is None:
+        with reading(source):
+            return kind.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    file = Path(source.location) / source.gguf_file
+    state = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+    return deepcopy(_from_gguf(kind, source, state))
+
+
+@lru_cache(maxsize=2)
+def _from_gguf(kind: type, source: Source, state: object):
+    """``state`` is the file's, which may change."""
     with reading(source):
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
+        return kind.from_pretrained(source.location, **source.options)
 
 
 def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -107,6 +124,7 @@ def load_model(source: Source, dtype: torch.dtype | str = "auto", trust_remote_c
             use_safetensors=None if source.gguf_file else True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **({"config": load_config(source)} if source.gguf_file else {}),
             **source.options,
         )
     missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
@@ -222,8 +240,8 @@ def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A dequantized GGUF model as an ordinary one; only parameters take ``dtype``, rotary tables keep float32."""
     config = model.config
     del config.quantization_config
-    fresh = type(model)(config)
-    fresh.load_state_dict(model.state_dict())
+    fresh = skeleton(config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.generation_config = model.generation_config
     fresh.tie_weights()
     for parameter in fresh.parameters():

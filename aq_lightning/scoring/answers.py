@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from aq_lightning.calibration import capture
 from aq_lightning.calibration.streams import hidden_states, run, to_device
+from aq_lightning.kernels.products import fast_products
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.quantizers import quantized
@@ -68,7 +69,7 @@ class Whole(Answers):
     def logits(self, groups: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
         for windows in groups:
             for batch in batches(windows, tokens):
-                yield self._model(input_ids=batch.to(self._device), use_cache=False).logits
+                yield _logits(self._model, batch.to(self._device))
 
 
 class BlockByBlock(Answers):
@@ -106,4 +107,10 @@ class BlockByBlock(Answers):
         for windows, stream in zip(groups, streams, strict=True):
             with hidden_states(shell, stream):
                 for batch in batches(windows, tokens):
-                    yield shell(input_ids=batch.to(device), use_cache=False).logits
+                    yield _logits(shell, batch.to(device))
+
+
+def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Of windows (windows, length) on the model's device."""
+    with fast_products(batch.device):
+        return model(input_ids=batch, use_cache=False).logits
