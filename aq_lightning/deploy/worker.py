@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -40,9 +41,21 @@ class Worker:
         """Calls ``arguments[0]`` with the others on the thread, behind those who wait."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, *arguments)
 
-    async def pieces(self, prompt: str | list[dict[str, str]], limits: Limits) -> AsyncGenerator[Piece, None]:
-        """The answer as it comes; close the iterator to give up the place."""
-        loop, left = asyncio.get_running_loop(), threading.Event()
+    def pieces(self, prompt: str | list[dict[str, str]], limits: Limits) -> AsyncGenerator[Piece, None]:
+        """The answer as it comes, behind those of who came before; the place is taken now.
+
+        Close the iterator, or drop it, to give up the place.
+        """
+        left = threading.Event()
+        self._leaving.add(left)
+        answer = self._answer(prompt, limits, left)
+        weakref.finalize(answer, self._leaving.discard, left)  # one that nobody began to read has nothing to close
+        return answer
+
+    async def _answer(
+        self, prompt: str | list[dict[str, str]], limits: Limits, left: threading.Event
+    ) -> AsyncGenerator[Piece, None]:
+        loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         def put(piece: Piece | None) -> None:
@@ -55,7 +68,6 @@ class Worker:
                     return
                 put(pieces[0])
 
-        self._leaving.add(left)
         answering = self._thread.submit(work)
         answering.add_done_callback(lambda _: put(None))
         try:

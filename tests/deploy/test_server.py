@@ -185,6 +185,40 @@ def test_who_comes_when_all_places_are_taken_is_turned_away(served: Served) -> N
     assert served.chat().choices[0].finish_reason == "length"
 
 
+def test_of_many_who_come_at_once_no_more_are_let_in_than_there_are_places(served: Served) -> None:
+    turned_away: list[bool] = []
+
+    def ask() -> None:
+        try:
+            served.chat(max_tokens=4)
+        except openai.RateLimitError:
+            turned_away.append(True)
+
+    with served.chat(stream=True, max_tokens=4000) as first:
+        next(first)
+        asking = [threading.Thread(target=ask) for _ in range(6)]
+        for each in asking:
+            each.start()
+        until = time.monotonic() + 20
+        while len(turned_away) < 5 and time.monotonic() < until:
+            assert served.requests() <= 2
+            time.sleep(0.05)
+    for each in asking:
+        each.join(20)
+    assert len(turned_away) == 5 and served.requests() == 0
+
+
+def test_a_client_that_gives_up_in_the_queue_frees_its_place(served: Served) -> None:
+    with served.chat(stream=True, max_tokens=4000) as first:
+        next(first)
+        impatient = served.client.with_options(timeout=1)
+        with pytest.raises(openai.APITimeoutError):
+            impatient.chat.completions.create(model="tiny", messages=SAID, temperature=0)
+        served.wait_until(requests=1)
+        assert next(first).choices[0].delta.content
+    served.wait_until(requests=0)
+
+
 def test_without_its_packages_serve_says_what_to_install(
     model_directory: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
