@@ -8,7 +8,7 @@ from helpers import assert_close
 from quantized import DEVICE, HALVES
 from torch import Tensor
 
-from aq_lightning.kernels.fake_quantize import Request, fused, naive
+from aq_lightning.kernels.fake_quantize import Request, eager, fake_quantize, fused, naive
 from aq_lightning.scheme import Grid
 
 
@@ -32,11 +32,11 @@ def inputs(
     ]
 
 
-def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: torch.dtype):
-    """(outputs, gradients) of the plain path and of the kernel for one random cotangent."""
+def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: torch.dtype, quick=fused):
+    """(outputs, gradients) of the plain path and of the kernel, or another, for one random cotangent."""
     results = []
     request = Request(*tensors, grid, storage, rounding_only, dtype)
-    for call in (naive.fake_quantize, fused):
+    for call in (naive.fake_quantize, quick):
         rounded, gain = call(request)
         torch.manual_seed(1)
         loss = (rounded.float() * torch.randn(rounded.shape).to(DEVICE)).sum()
@@ -91,3 +91,30 @@ def test_groups_of_zeros_and_of_one_sign_stay_finite() -> None:
     for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
         assert torch.isfinite(b).all()
         assert_close("result", a, b, 1e-4)
+
+
+@pytest.mark.parametrize("bits, symmetric", [(2, False), (3, True), (4, False), (8, False)])
+@pytest.mark.parametrize("rounding_only", [False, True])
+@pytest.mark.parametrize("absent", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1), (0, 0, 0)])
+def test_few_passes_equal_the_plain_path(bits, symmetric, rounding_only, absent) -> None:
+    tensors = inputs(33, 96, 3, torch.float32, *absent, False)
+    with torch.no_grad():
+        tensors[0][0] = 0  # a group without range
+        tensors[0][1] = tensors[0][1].abs()
+        tensors[0][2] = -tensors[0][2].abs()
+        tensors[0][3, ::2] = 1.5  # many weights at an end
+    grid, float32 = Grid(bits, 32, symmetric), torch.float32
+    (plain, wanted), (quick, got) = both(tensors, grid, torch.float16, rounding_only, float32, eager.fake_quantize)
+    for name, a, b in zip(("rounded", "gain"), plain, quick, strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(wanted, got, strict=True):
+        assert_close("gradient", a, b, 1e-5)
+
+
+def test_training_in_float32_takes_few_passes_on_a_cpu_and_float64_the_plain_path(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(eager, "fake_quantize", lambda request: taken.append(request.dtype))
+    for dtype in (torch.float32, torch.float64):
+        weight, ends = torch.randn(4, 8, dtype=dtype), torch.ones(4, 2, dtype=dtype)
+        fake_quantize(Request(weight, None, None, ends, ends, None, None, Grid(3, 4), torch.float16, True, dtype))
+    assert taken == [torch.float32]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aq_lightning.kernels.fake_quantize import naive
+from aq_lightning.kernels.fake_quantize import eager, naive
 from aq_lightning.kernels.fake_quantize.naive import Request as Request
 from aq_lightning.scheme import Grid
 
 
 def fake_quantize(request: Request) -> tuple[Tensor, Tensor]:
-    """:func:`naive.fake_quantize`, differentiable, on a GPU by a kernel.
+    """:func:`naive.fake_quantize`, differentiable, on a GPU by a kernel, on a CPU in few passes.
 
-    The kernel computes in float32, so it answers float32 requests; others take the plain path.
+    Both compute in float32, so they answer float32 requests; others take the plain path.
     """
-    if request.low.dtype != torch.float32 or request.value.device.type != "cuda":
-        return naive.fake_quantize(request)
-    return fused(request)
+    if request.low.dtype == torch.float32 and request.value.device.type == "cuda":
+        return fused(request)
+    float32 = request.value.dtype == request.low.dtype == request.dtype == torch.float32
+    if float32 and request.offset is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return eager.fake_quantize(request)
+    return naive.fake_quantize(request)
 
 
 def fused(request: Request) -> tuple[Tensor, Tensor]:
