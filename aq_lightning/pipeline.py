@@ -39,6 +39,7 @@ from aq_lightning.calibration import (
     reset_peak_memory,
     retuned,
     save_trained,
+    settled,
     switches,
     tune,
     weight_reach,
@@ -113,7 +114,8 @@ def quantize(job: Job, windows: Tensor) -> None:
     """
     check_windows(windows, job.pretrained.model.get_input_embeddings().num_embeddings)
     if not all(job.journal.finished(start) for start in job.starts()):
-        _calibrate_all(job, windows)
+        with settled():
+            _calibrate_all(job, windows)
     distributed.part()
     if distributed.leads():
         export(job)

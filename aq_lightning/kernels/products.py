@@ -27,7 +27,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
     """While it is open, a CPU multiplies by the faster library of two that are equally exact; a GPU as it did.
 
     torch calls MKL, which leaves AVX-512 unused on other makers' processors than its own. oneDNN uses it, and torch
-    calls it where products may be rounded to bfloat16, at level ``medium``. Where :func:`onednn_is_exact`, they are not.
+    calls it where products may be rounded to bfloat16, at level ``medium``; where :func:`onednn_is_exact` they are not.
     """
     if device.type != "cpu":
         yield
@@ -38,8 +38,8 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 @cache
 def onednn_is_exact() -> bool:
-    """Whether oneDNN keeps float32 although it may round: it does on processors without matrix units (AMX), and of these
-    the ones that know bfloat16 gain by it. A product is tried too."""
+    """Whether oneDNN keeps float32 although it may round: it does on processors without matrix units (AMX), of which
+    those that know bfloat16 gain by it. A product is tried too."""
     if not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return False
     a, b = (torch.linspace(-turns, turns, 256 * 256).sin().view(256, 256) for turns in (977, 1409))
