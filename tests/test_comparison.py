@@ -17,6 +17,7 @@ from aq_lightning.calibration import attach, merge
 from aq_lightning.comparison import Comparison
 from aq_lightning.evaluation import PerplexityTest, Row
 from aq_lightning.experts import run_here
+from aq_lightning.kernels.products import fast_products
 from aq_lightning.models.loading import Source, load, load_model
 from aq_lightning.quantizers import MinMax, quantized_activations
 from aq_lightning.scheme import Scheme
@@ -34,7 +35,9 @@ def comparison() -> Comparison:
 def whole(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> float:
     """Perplexity as transformers' own forward pass of all of the model gives it."""
     test = PerplexityTest(model.eval())
-    Trainer(accelerator="cpu", devices=1, **QUIET).test(test, DataLoader(windows, batch_size=batch_size), verbose=False)
+    loader = DataLoader(windows, batch_size=batch_size)
+    with fast_products(torch.device("cpu")):  # sums in the same order
+        Trainer(accelerator="cpu", devices=1, **QUIET).test(test, loader, verbose=False)
     return test.score.value
 
 
