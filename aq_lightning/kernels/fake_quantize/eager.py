@@ -22,12 +22,13 @@ from aq_lightning.qtensor import grid_of
 def fake_quantize(request: Request) -> tuple[Tensor, Tensor]:
     """:func:`naive.fake_quantize` of a request without offset, in one dtype."""
     tensors = request.value, request.rows, request.columns, request.low, request.high, request.direction
-    return _FewPasses.apply(*tensors, request)
+    return _FewPasses.apply(request, *tensors)
 
 
 class _FewPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, rows, columns, low, high, direction, request: Request) -> tuple[Tensor, Tensor]:
+    def forward(ctx, request: Request, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        value, rows, columns, low, high, direction = tensors
         weight = value if rows is None else value * rows[:, None]
         weight = weight if columns is None else weight * columns
         groups = weight.unflatten(1, (low.shape[1], -1))  # (out, groups, size)
@@ -67,10 +68,10 @@ class _FewPasses(torch.autograd.Function):
         d_rows = None if rows is None else moved.sum(1) if columns is None else moved @ columns
         d_columns = None if columns is None else moved.sum(0) if rows is None else rows @ moved
         d_value = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             d_value = d_weight if rows is None else d_weight * rows[:, None]
             d_value = d_value if columns is None else d_value * columns
-        return d_value, d_rows, d_columns, *d_ends[2:], None if acting is None else d_gain @ acting, None
+        return None, d_value, d_rows, d_columns, *d_ends[2:], None if acting is None else d_gain @ acting
 
 
 def _range_gradient(ctx, received: Tensor, kept: Tensor, weight: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
