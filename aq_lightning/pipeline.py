@@ -34,12 +34,12 @@ from aq_lightning.calibration import (
     assemble,
     capture,
     fit,
+    garbage_kept,
     observed,
     peak_memory,
     reset_peak_memory,
     retuned,
     save_trained,
-    settled,
     switches,
     tune,
     weight_reach,
@@ -114,7 +114,7 @@ def quantize(job: Job, windows: Tensor) -> None:
     """
     check_windows(windows, job.pretrained.model.get_input_embeddings().num_embeddings)
     if not all(job.journal.finished(start) for start in job.starts()):
-        with settled():
+        with garbage_kept():
             _calibrate_all(job, windows)
     distributed.part()
     if distributed.leads():

@@ -19,9 +19,9 @@ from aq_lightning.calibration.fit import fit as fit
 from aq_lightning.calibration.inside import Inside as Inside
 from aq_lightning.calibration.interruption import Stopping as Stopping
 from aq_lightning.calibration.keeping import Keeper as Keeper
+from aq_lightning.calibration.memory import garbage_kept as garbage_kept
 from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
-from aq_lightning.calibration.memory import settled as settled
 from aq_lightning.calibration.observe import Ranges as Ranges
 from aq_lightning.calibration.observe import observed as observed
 from aq_lightning.calibration.ranges import activation_reach as activation_reach

@@ -24,7 +24,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def garbage_kept() -> Iterator[None]:
     """While it is open, the garbage collector passes over what is there now, libraries' objects above all: looking
     through these takes a third of a second, and is done behind every window of blocks."""
     gc.collect()
