@@ -26,6 +26,20 @@ def round_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each row, (…, channels) → (…, 1) each; the gradient goes to one that is, the first.
+
+    That of ``amin`` goes to all that are equal to the least. Compiled code may compute x again for the backward pass
+    without the rounding to bfloat16 that was in between: then none is, and the gradient is 0 / 0.
+    """
+    if not x.requires_grad:
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    channel = torch.arange(x.shape[-1], device=x.device)
+    at = (channel == place for place in (x.detach().argmin(-1, keepdim=True), x.detach().argmax(-1, keepdim=True)))
+    low, high = (torch.where(each, x, 0).sum(-1, keepdim=True) for each in at)
+    return low, high
+
+
 def grid_of(low: Tensor, high: Tensor, grid: Grid, storage: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range ``[low, high]``; differentiable in both ends.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aq_lightning.attention import Heads, attentions, hook_attention
 from aq_lightning.experts import experts_of, hooked
-from aq_lightning.qtensor import decode, encode, grid_of
+from aq_lightning.qtensor import decode, encode, ends, grid_of
 from aq_lightning.scheme import Grid, Scheme
 
 
@@ -25,7 +25,7 @@ def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
         (…, channels) in the dtype of ``x``; differentiable (straight through the rounding).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale, zero = grid_of(wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True), grid)  # (…, 1)
+    scale, zero = grid_of(*ends(wide), grid)  # (…, 1)
     return decode(encode(wide, scale, zero, grid), scale, zero).to(x.dtype)
 
 

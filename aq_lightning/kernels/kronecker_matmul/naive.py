@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aq_lightning.kernels.int4_int8_matmul import naive
+from aq_lightning.qtensor import ends
 
 
 class Kronecker(NamedTuple):
@@ -26,10 +27,10 @@ def kronecker_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (left.mT @ (x.unflatten(-1, (left.shape[0], right.shape[0])) @ right)).flatten(-2)
 
 
-def clipped(x: Tensor, ends: Tensor) -> Tensor:
-    """(…, channels) cut to the fraction ``ends[0]`` of each row's least and ``ends[1]`` of its greatest channel."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (…, 1) each
-    return torch.maximum(torch.minimum(x, high * ends[1]), low * ends[0])
+def clipped(x: Tensor, fractions: Tensor) -> Tensor:
+    """(…, channels) cut to the first fraction of each row's least and the second of its greatest channel."""
+    low, high = ends(x)  # (…, 1) each
+    return torch.maximum(torch.minimum(x, high.clamp(min=0) * fractions[1]), low.clamp(max=0) * fractions[0])
 
 
 def transformed(x: Tensor, by: Kronecker) -> Tensor:
