@@ -30,6 +30,7 @@ from aq_lightning.nulls import refuse_nulls
 from aq_lightning.pipeline import Guards, Job, quantize
 from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import Prepared, check_tuning, prepare
+from aq_lightning.rotating import Rotating
 from aq_lightning.scorecard import Scorecard, as_data
 from aq_lightning.scoring import Opening
 from aq_lightning.strategy import alone, begin, check_shares, check_start, check_steps, check_trainer, replicas, wished
@@ -227,8 +228,10 @@ class CommandLine(LightningCLI):
             return {"rows": [row.as_dict() for row in rows]}
 
         rows = run.remembered("baselines", baselines)["rows"]
+        trainer, windows = self._scoring_trainer, datamodule.calibration()
+        stage = Rotating(pretrained, model.recipe, run, trainer, guards.stopping, datamodule.seed)
         job = Job(
-            rotated(pretrained, model.recipe.rotation),
+            rotated(pretrained, stage.rotation(windows)),
             model.recipe,
             run,
             lambda root, **more: self.instantiate_trainer(default_root_dir=str(root), logger=loggers, **more),
@@ -237,7 +240,7 @@ class CommandLine(LightningCLI):
             guards,
             Log(model.recipe.tuning is not None).window,
         )
-        quantize(job, datamodule.calibration())
+        quantize(job, windows)
         if not distributed.leads():
             return {}
         method = Path(str(self._section.config[0])).stem

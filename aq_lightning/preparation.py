@@ -114,6 +114,7 @@ def prepare(model: QuantizedLanguageModel) -> Prepared:
         notes += [f"left out: {refusal}" for refusal in refusals]
     if recipe.rotation is not None:
         recipe.rotation.check(architecture, config.get_text_config().hidden_size)
+        notes += _learnt(recipe)
     storage = storage_of(source, config)
     quantizer, scheme = recipe.weight_quantizer, recipe.scheme
     attached = attach(block, architecture, heads, recipe.transforms, quantizer, scheme, storage)
@@ -124,6 +125,16 @@ def prepare(model: QuantizedLanguageModel) -> Prepared:
         notes.append(f"note: transformers and vLLM read experts of symmetric schemes only, such as {scheme}sym")
     notes += overhead_lines(block, attached.carriers, len(blocks), torch.finfo(storage).bits)
     return Prepared(source, config, architecture, shell, recipe, attached, storage, tuple(notes))
+
+
+def _learnt(recipe: Recipe) -> list[str]:
+    training = recipe.rotation.training
+    if training is None:
+        return []
+    return [
+        f"rotations are learnt first, in {training.steps} steps of {training.batch_size} windows through all blocks, "
+        "which one device holds; they fold, at no run-time cost"
+    ]
 
 
 def check_tuning(prepared: Prepared, length: int, device: torch.device) -> None:

@@ -26,6 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("aq_lightning.preparation", "aq_lightning.summary"),
     (
         "aq_lightning.pipeline",
+        "aq_lightning.rotating",
         "aq_lightning.comparison",
         "aq_lightning.scoring",
         "aq_lightning.conversion",

@@ -1,4 +1,4 @@
-"""QuaRot and FlatQuant as configurations: whole runs on a model whose head is tied to its embeddings."""
+"""QuaRot, SpinQuant and FlatQuant as configurations: whole runs on a model whose head is tied to its embeddings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from aq_lightning.transforms.online import carrier
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 7 % 96
 SCHEME = "w4a4kv4sym"
+SHORT = ["--model.rotation.training.steps=20", "--model.rotation.training.batch_size=4"]
+PRODUCTS = {"left", "right", "query", "key"}
+CLIPS = {"clip", "key_clip", "value_clip"}
+LEAVES = {"quarot": PRODUCTS | CLIPS, "spinquant": PRODUCTS, "flatquant": PRODUCTS | CLIPS | {"heads"}}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +32,12 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["quarot", "flatquant"])
+@pytest.fixture(scope="module", params=["quarot", "spinquant", "flatquant"])
 def run(request: pytest.FixtureRequest, tied: Path, fit: Callable[..., Path], tmp_path_factory) -> Path:
-    epochs = "--trainer.max_epochs=0" if request.param == "quarot" else "--trainer.max_epochs=2"
+    more = [f"--trainer.max_epochs={2 * (request.param == 'flatquant')}"]
+    more += SHORT if request.param == "spinquant" else []
     out = tmp_path_factory.mktemp("runs") / request.param
-    return fit(SCHEME, out, f"--model.pretrained={tied}", epochs, config=f"{request.param}.yaml")
+    return fit(SCHEME, out, f"--model.pretrained={tied}", *more, config=f"{request.param}.yaml")
 
 
 def last_row(run: Path, file: str = "results.json") -> dict:
@@ -52,13 +57,12 @@ def test_what_the_checkpoint_holds(run: Path) -> None:
     """A rotated head is a matrix of its own, and gains are in the linears; all online parts are where they belong."""
     scheme, checkpoint = read(run / "checkpoint")
     config = json.loads((run / "checkpoint/config.json").read_text())
-    assert str(scheme) == SCHEME and config["tie_word_embeddings"] == (run.name != "quarot")
-    assert ("lm_head.weight" in checkpoint) == (run.name == "quarot")
+    assert str(scheme) == SCHEME and config["tie_word_embeddings"] == (run.name == "flatquant")
+    assert ("lm_head.weight" in checkpoint) == (run.name != "flatquant")
     norms = [checkpoint[name] for name in checkpoint if "norm" in name and not carrier(name)]
-    assert all((norm == 1).all() for norm in norms) == (run.name == "quarot")
+    assert all((norm == 1).all() for norm in norms) == (run.name != "flatquant")
     leaves = {name.rpartition(".")[2] for name in checkpoint if carrier(name)}
-    common = {"left", "right", "clip", "query", "key", "key_clip", "value_clip"}
-    assert leaves == common | (set() if run.name == "quarot" else {"heads"})
+    assert leaves == LEAVES[run.name]
 
 
 @torch.no_grad()

@@ -51,17 +51,17 @@ _TUNING = "tuning"
 class RunDirectory:
     """Layout of a run.
 
-    ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``blocks/0007/``: a
-    finished window, named after its first block: ``weights.safetensors`` (packed), ``transforms.safetensors``
-    (float64), ``metrics.json``. ``streams/0007/``: the streams that enter the window at work. ``inside/``: the
+    ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``rotation/``: learnt
+    before all windows. ``blocks/0007/``: a finished window, named after its first block: ``weights.safetensors``,
+    ``transforms.safetensors``, ``metrics.json``. ``streams/0007/``: what enters the window at work. ``inside/``: the
     checkpoints inside it. ``tuning/``: what followed for all blocks together, a window with what it changed alone.
-    ``logs/``: the loggers'. ``checkpoint/``: the result, and ``checkpoint.json`` the sums of its files.
-    ``results.json``: the final table. ``lock``: the process at work. A finished window names the sum of the one before
-    it, so that what was fitted to other streams is never taken.
+    ``logs/``: the loggers'. ``checkpoint/``: the result, ``checkpoint.json`` its sums. ``results.json``: the table.
+    ``lock``: the process at work. A finished window names the sum of the one before it, whose streams it was fitted to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.foundation: str | None = None  # sum of what all windows stand on; None: nothing but the model
         self._manifests: dict[int, dict[str, Any]] = {}
 
     @classmethod
@@ -290,9 +290,9 @@ class RunDirectory:
         return self.path / "streams" / f"{block:04d}"
 
     def _sum_before(self, block: int) -> str | None:
-        """Sum of the weights of the window before ``block``."""
+        """Sum of the weights of the window before ``block``; before the first that of the foundation."""
         before = [index for index in tuple(self._manifests) if index < block]  # to which another thread may add
-        return self._manifests[max(before)]["files"][_WEIGHTS]["sha256"] if before else None
+        return self._manifests[max(before)]["files"][_WEIGHTS]["sha256"] if before else self.foundation
 
 
 def _may_precede(entry: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from aq_lightning import distributed
 from aq_lightning.calibration.batches import Pairs
 from aq_lightning.calibration.block import Position
-from aq_lightning.calibration.interruption import SIGNALS, Stopping
+from aq_lightning.calibration.interruption import Stopping
 from aq_lightning.durable import manifest, partial_of, remove, sealed
 
 _STATE = "state.ckpt"
@@ -101,8 +100,7 @@ class Attempt(Checkpoint):
         self.batches.load_state_dict(state_dict)  # Lightning does not, where a schedule made it count the steps before
 
     def on_train_start(self, trainer: Trainer, pl_module: Fitted) -> None:
-        for each in SIGNALS if self.inside.stopping.heard else ():
-            signal.signal(each, self.inside.stopping)  # Lightning's own handler would end the fit without a checkpoint
+        self.inside.stopping.take_back()  # Lightning's own handler would end the fit without a checkpoint
         self._note(trainer, pl_module)
 
     def after_step(self, module: Fitted, batch_idx: int) -> None:

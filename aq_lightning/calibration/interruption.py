@@ -40,6 +40,11 @@ class Stopping:
         by = self.requested or "a signal to another process"
         raise Interrupted(f"stopped by {by}{where}: the same command goes on from there.")
 
+    def take_back(self) -> None:
+        """Takes the signals back from whoever has asked for them since."""
+        for each in SIGNALS if self.heard else ():
+            signal.signal(each, self)
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While it is open, the signals come here; threads other than the main one cannot ask for them."""

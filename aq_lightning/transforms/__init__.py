@@ -16,5 +16,7 @@ from aq_lightning.transforms.kronecker import Kronecker as Kronecker
 from aq_lightning.transforms.online import Operation as Operation
 from aq_lightning.transforms.pair_scale import PairScale as PairScale
 from aq_lightning.transforms.rope_pair import RopePair as RopePair
+from aq_lightning.transforms.rotation import LearnedRotation as LearnedRotation
 from aq_lightning.transforms.rotation import Rotation as Rotation
+from aq_lightning.transforms.rotation import RotationTraining as RotationTraining
 from aq_lightning.transforms.shift import Shift as Shift

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from aq_lightning.calibration import rotated
 from aq_lightning.calibration.call import answer
+from aq_lightning.calibration.rotated import value_site
 from aq_lightning.errors import RequestError
 from aq_lightning.models.lookup import architecture_of
 from aq_lightning.models.pretrained import Pretrained, Source
-from aq_lightning.transforms import Rotation
+from aq_lightning.transforms import LearnedRotation, Rotation
 
 ROTATED = [name for name in MODELS if architecture_of(tiny_config(name)).final_norm]
 IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % 90 + 3
@@ -65,6 +66,30 @@ def test_logits_are_unchanged(name: str, tied: bool, kind: str) -> None:
     assert {name for name, tensor in model.outside().items() if torch.equal(tensor, head)} == {"lm_head.weight"}
     for parameter in whole.parameters():
         assert parameter.dtype == torch.float64
+
+
+def learned(small: Tiny) -> LearnedRotation:
+    width, size = small.model.config.hidden_size, small.heads.size
+    shape = (len(small.blocks), size, size)
+    return LearnedRotation(*(torch.linalg.qr(torch.randn(*each).double())[0] for each in ((width, width), shape)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROTATED)
+def test_logits_are_unchanged_by_what_was_learnt(name: str) -> None:
+    """Values are rotated too, in every block another way; and on one side alone that is another model."""
+    small = tiny(name)
+    expected, rotation = logits(small.model), learned(small)
+    model = rotated(pretrained(small), rotation)
+    assert_close("logits", expected, logits(assembled(model)), 1e-10)
+    without = rotated(pretrained(small), LearnedRotation(rotation.stream, rotation.values[:0]))
+    assert_close("stream alone", expected, logits(assembled(without)), 1e-10)
+    output = value_site(small.architecture).consumers[0]
+    changed, plain = (each.block(1).get_submodule(output).weight for each in (model, without))
+    assert relative_error(plain, changed) > 0.1
+    whole = assembled(model)
+    whole.get_submodule(small.architecture.blocks)[1].get_submodule(output).weight = plain
+    assert relative_error(expected, logits(whole)) > 0.1, "negative control"
 
 
 @torch.no_grad()
