@@ -28,6 +28,10 @@ class Heads(NamedTuple):
     """(batch, key-value heads, tokens, size)."""
     value: Tensor
     """As ``key``."""
+    key_grid: tuple[Tensor, Tensor] | None = None
+    """Steps and zero points with which keys are rounded, (key-value heads, runs) each; None: each token has its own."""
+    value_grid: tuple[Tensor, Tensor] | None = None
+    """As ``key_grid``."""
 
 
 Hook = Callable[[Heads], Heads]
@@ -85,7 +89,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *other
     heads = Heads(query, key, value)
     for hook in module.attention_hooks:
         heads = hook(heads)
-    return module.attention_function(module, *heads, *others, **named)
+    return module.attention_function(module, heads.query, heads.key, heads.value, *others, **named)
 
 
 _ALL.register(_NAME, _attend)

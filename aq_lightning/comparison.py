@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ class Comparison:
     def baselines(self, pretrained: Pretrained, scheme: Scheme) -> list[Row]:
         """Full precision and round-to-nearest of a model, each block read once for both."""
         storage, shell = pretrained.storage, pretrained.shell()
+        scheme = replace(scheme, static_cache=False)  # which nothing has been calibrated for
         full, arguments = capture(shell, self._windows, self.storage, self._device)
         nearest = full
         for index, block in enumerate(read_ahead(pretrained.block, range(len(pretrained.blocks)))):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from aq_lightning.errors import RequestError
 
 _NAME = re.compile(
-    r"w(?P<weight>\d+)a(?P<activation>\d+)(?:kv(?P<cache>\d+)(?:x(?P<run>\d+))?)?(?:g(?P<group>\d+))?(?P<symmetry>sym)?"
+    r"w(?P<weight>\d+)a(?P<activation>\d+)(?:kv(?P<cache>\d+)(?P<static>static)?(?:x(?P<run>\d+))?)?(?:g(?P<group>\d+))?(?P<symmetry>sym)?"
 )
 _FULL_PRECISION = 16
 
@@ -58,7 +58,8 @@ class Grid:
 class Scheme:
     """Integers of the weights and, where asked for, of the activations entering each linear.
 
-    Activations are quantized dynamically, one scale per token; so are keys and values, one scale per token and head.
+    Activations are quantized dynamically, one scale per token; so are keys and values, one scale per token and head,
+    unless their scales are static.
     Embeddings and the output head stay in full precision.
     """
 
@@ -69,21 +70,26 @@ class Scheme:
     key_value: Grid | None = None
     """Grid of keys, as attention multiplies them, and of values, per token and head or, with a group size, per run of
     so many channels of a head; None leaves the cache in full precision."""
+    static_cache: bool = False
+    """Whether the scales of keys and values come from calibration and are the same for all tokens."""
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation.group_size is not None:
             raise RequestError("Activations are quantized per token: set activation.group_size to null.")
         if self.key_value is not None and self.key_value.symmetric:
             raise RequestError("Keys and values have asymmetric grids: set key_value.symmetric to false.")
+        if self.static_cache and self.key_value is None:
+            raise RequestError("Static scales are those of keys and values, got none rounded: set static_cache false.")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Reads ``w{bits}a{bits}[kv{bits}[x{run}]][g{group}][sym]``, for example ``w4a16``, ``w3a16g64``, ``w4a4kv4``,
-        ``w4a16g128sym``.
+        """Reads ``w{bits}a{bits}[kv{bits}[static][x{run}]][g{group}][sym]``, for example ``w4a16``, ``w3a16g64``,
+        ``w4a4kv4``, ``w4a16g128sym``.
 
         ``a16`` leaves activations in full precision, and without ``kv`` the cache stays so; without ``x`` a token has
-        one scale per head there; without ``g`` weights have one scale per output channel; ``sym`` makes weights
-        symmetric. Activations are symmetric, as serving engines require, keys and values asymmetric.
+        one scale per head there, and with ``static`` all tokens have the same; without ``g`` weights have one scale per
+        output channel; ``sym`` makes weights symmetric. Activations are symmetric, as serving engines require, keys and
+        values asymmetric.
 
         Raises:
             RequestError: the name does not have that form, or a width is out of range.
@@ -91,7 +97,7 @@ class Scheme:
         match = _NAME.fullmatch(name)
         if match is None:
             raise RequestError(
-                f"A scheme is named w<bits>a<bits>[kv<bits>[x<run>]][g<group size>][sym], got {name!r}: "
+                f"A scheme is named w<bits>a<bits>[kv<bits>[static][x<run>]][g<group size>][sym], got {name!r}: "
                 "for example w4a16, w3a16g64, w4a4, w4a4kv4 or w4a16g128sym."
             )
         group = int(match["group"]) if match["group"] else None
@@ -101,6 +107,7 @@ class Scheme:
             weight=Grid(int(match["weight"]), group, symmetric=match["symmetry"] is not None),
             activation=None if bits == _FULL_PRECISION else Grid(bits, symmetric=True),
             key_value=None if match["cache"] is None else Grid(int(match["cache"]), run),
+            static_cache=match["static"] is not None,
         )
 
     def __str__(self) -> str:
@@ -112,4 +119,4 @@ class Scheme:
         if self.key_value is None:
             return ""
         run = "" if self.key_value.group_size is None else f"x{self.key_value.group_size}"
-        return f"kv{self.key_value.bits}{run}"
+        return f"kv{self.key_value.bits}{'static' if self.static_cache else ''}{run}"

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from aq_lightning.calibration.call import BlockFunction, answer
 from aq_lightning.calibration.fold import Scaled, add_biases, add_shift_biases, fold, shift_directions
-from aq_lightning.calibration.places import carrier_of, check_cache, check_place, check_rounded
+from aq_lightning.calibration.places import carrier_of, check_cache, check_place, check_rounded, static_cache
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import stacks
 from aq_lightning.kernels.fake_quantize import Request, fake_quantize
@@ -52,8 +52,13 @@ class AttachedBlock(nn.Module):
         self.carriers = {
             name: carrier_of(block, architecture, sites[name]) for name, each in transforms.items() if each.online()
         }
+        self.claim()
+
+    def claim(self) -> None:
+        """Makes the block carry empty products of these transforms, not of others that it was attached to since."""
         for name, module in self.carriers.items():
-            carry_empty(block.get_submodule(module), [factor.operation() for factor in transforms[name].online()])
+            operations = [factor.operation() for factor in self.transforms[name].online()]
+            carry_empty(self.block.get_submodule(module), operations)
 
     def detach(self) -> None:
         """Leaves the block as it was, for a plan that was only checked."""
@@ -155,13 +160,14 @@ def attach(
     if unknown:
         raise RequestError(f"A transform is named after a site of the architecture, got {unknown[0]!r}: "
                            f"choose from {', '.join(sites)}.")  # fmt: skip
-    built = {}
-    for name, factories in transforms.items():
+    built, behind = {}, static_cache(architecture.sites, heads, scheme, storage)
+    for name in {**transforms, **behind}:
         shape = site_shape(block, sites[name], heads)
-        factors = [factory(shape) for factory in factories]
+        factors = [factory(shape) for factory in transforms.get(name, ())]
         for factor in factors:
             check_place(block, architecture, sites[name], factor)
             check_rounded(sites[name], factor, scheme)
+        factors += [behind[name]] if name in behind else []
         if factors:
             built[name] = Transform(factors).to(next(block.parameters()).device)
     shifted = [sites[name] for name, transform in built.items() if transform.factors[0].group is Group.SHIFT]

@@ -101,11 +101,13 @@ class _Fitting:
                 diagonal, _ = self.train(opening=0.0)
             trained, causes = self.train(opening=1.0)
             attempts = min(len(causes) + 1, len(_CAUTION))
-        rounded = self.module(self.live.attach_nearest())
+        rounded = self.module(self.live.attach_nearest(self.data[0]))
         nearest = self.candidate("nearest", rounded, rounded.state())
         candidates = [*trained, *(replace(each, outcome="diagonal") for each in diagonal), self.start, nearest]
         best = min(candidates, key=lambda each: each.loss)
         best.module.return_to(best.state)
+        for block in best.module.blocks:
+            block.claim()
         losses = {each.outcome: each.loss for each in sorted(candidates, key=lambda each: -each.loss)}
         return Fit(best.module, best.outcome, attempts, losses, tuple(causes))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
 from aq_lightning.errors import RequestError
-from aq_lightning.models.sites import Architecture, Heads, Site
+from aq_lightning.models.sites import Architecture, Heads, Site, SiteShape
 from aq_lightning.scheme import Scheme
-from aq_lightning.transforms import Factor
+from aq_lightning.transforms import Factor, StaticCache
 
 
 def carrier_of(block: nn.Module, architecture: Architecture, site: Site) -> str:
@@ -87,6 +90,14 @@ def check_cache(architecture: Architecture, heads: Heads, scheme: Scheme) -> Non
         )
 
 
+def static_cache(sites: Iterable[Site], heads: Heads, scheme: Scheme, storage: torch.dtype) -> dict[str, Factor]:
+    """The factor that a scheme adds behind those of the recipe, by site; :func:`check_cache` has passed."""
+    if not scheme.static_cache:
+        return {}
+    shape = SiteShape(heads.key_value, heads.size, dual=True)
+    return {site.name: StaticCache(shape, scheme.key_value, storage) for site in sites if site.dual}
+
+
 def check_rounded(site: Site, factor: Factor, scheme: Scheme) -> None:
     """
     Raises:
@@ -96,6 +107,11 @@ def check_rounded(site: Site, factor: Factor, scheme: Scheme) -> None:
         raise RequestError(
             f"Online at {site.name} {type(factor).__name__} serves rounded keys, got scheme {scheme} without any: "
             f"choose one with kv, or remove it from transforms.{site.name}."
+        )
+    if factor.rounds and site.dual and scheme.static_cache:
+        raise RequestError(
+            f"{type(factor).__name__} looks at each token, got scheme {scheme}, whose scales of keys and values are "
+            f"static, and learnt anyway: remove it from transforms.{site.name}."
         )
     if factor.rounds and not site.dual and scheme.activation is None:
         raise RequestError(

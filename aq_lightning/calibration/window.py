@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aq_lightning import distributed
 from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach, gained_biases, install, merge
+from aq_lightning.calibration.cache import choose_cache
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, balance, choose_ranges, choose_scales, rounded
 from aq_lightning.calibration.streams import Arguments, Streams, check_finite, run, to_device
@@ -66,15 +67,20 @@ class LiveWindow:
             initialize(block, ranges)
             choose_scales(block, passes, inputs)
             balance(block, passes, inputs)
+            choose_cache(block, passes, inputs)
             choose_ranges(block, passes, inputs)
             for part in (block.transforms, block.quantizers):
                 distributed.agree(part)
             inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
         return attached
 
-    def attach_nearest(self) -> list[AttachedBlock]:
-        """Round-to-nearest on each block, without transforms."""
-        return [self._attach(block, {}, MinMax) for block in self.blocks]
+    def attach_nearest(self, inputs: Tensor) -> list[AttachedBlock]:
+        """Round-to-nearest on each block, without transforms but what the scheme asks for; ``inputs`` as above."""
+        attached = [self._attach(block, {}, MinMax) for block in self.blocks]
+        for block, plain, passes in zip(attached, self.blocks, self._passes(), strict=True):
+            choose_cache(block, passes, inputs)
+            inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
+        return attached
 
     def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
         """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite.

@@ -50,9 +50,9 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(self, **section: Any) -> None:
         self.section = section
         self.quant_method = METHOD
-        inner, _, key_value = split_config(section)
+        inner, _, cache = split_config(section)
         self.own = inner is not section  # what nobody else runs: online products, quantized keys and values
-        self.scheme: Scheme = replace(scheme_of(inner), key_value=key_value)
+        self.scheme: Scheme = replace(scheme_of(inner), **cache)
         self.layout: Layout | None = None  # until the weights' files say it
 
     @classmethod

@@ -173,7 +173,7 @@ def write(
         if not online and scheme.key_value is None:
             return Description({**source_config, "quantization_config": section})
         refused = {"transformers_weights": f"none, for what it does online runs in {METHOD} only"}
-        own = own_config(section, online, scheme.key_value)
+        own = own_config(section, online, scheme)
         return Description({**source_config, **refused, "quantization_config": own}, METHOD)
 
     stored = map(partial(_stored, scheme=scheme, layout=layout), shards)
@@ -215,8 +215,8 @@ def read(directory: Path) -> tuple[Scheme, Checkpoint]:
     config = read_config(directory)
     if "quantization_config" not in config:
         raise RequestError(f"A quantized checkpoint's config.json has a quantization_config, got none in {directory}.")
-    section, online, key_value = split_config(config["quantization_config"])
-    scheme = replace(scheme_of(section), key_value=key_value)
+    section, online, cache = split_config(config["quantization_config"])
+    scheme = replace(scheme_of(section), **cache)
     own = section is not config["quantization_config"]
     checkpoint = Checkpoint(StoredTensors(directory, METHOD) if own else StoredTensors(directory), scheme.weight)
     found = sorted({carrier(name) for name in checkpoint} - {""})

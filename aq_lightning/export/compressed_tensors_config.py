@@ -87,31 +87,34 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme:
     return scheme
 
 
-def own_config(config: Mapping[str, Any], modules: Sequence[str], key_value: Grid | None) -> dict[str, Any]:
+def own_config(config: Mapping[str, Any], modules: Sequence[str], scheme: Scheme) -> dict[str, Any]:
     """A ``quantization_config`` for a model whose ``modules`` carry online products, or whose keys and values have a
     grid: another method's, for no client of compressed-tensors can run them; the inverse of :func:`split_config`."""
-    cache = {} if key_value is None else {"key_value": {"bits": key_value.bits, "group_size": key_value.group_size}}
-    return {"quant_method": METHOD, "compressed_tensors": config, "online": list(modules), **cache}
+    own: dict[str, Any] = {"quant_method": METHOD, "compressed_tensors": config, "online": list(modules)}
+    if scheme.key_value is not None:
+        own["key_value"] = {"bits": scheme.key_value.bits, "group_size": scheme.key_value.group_size}
+        own["key_value"] |= {"static": True} if scheme.static_cache else {}
+    return own
 
 
-def split_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str], Grid | None]:
-    """The section of compressed-tensors in a ``quantization_config``, the modules that carry online products, and the
-    grid of keys and values."""
+def split_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str], dict[str, Any]]:
+    """The section of compressed-tensors in a ``quantization_config``, the modules that carry online products, and what
+    the scheme says of keys and values, by fields of :class:`Scheme`."""
     if config.get("quant_method") != METHOD:
-        return config, [], None
+        return config, [], {}
     _expect("quantization_config", config, {"quant_method": METHOD}, {"compressed_tensors", "online", "key_value"})
     return config["compressed_tensors"], config["online"], _cache(config.get("key_value"))
 
 
-def _cache(fields: object) -> Grid | None:
+def _cache(fields: object) -> dict[str, Any]:
     if fields is None:
-        return None
-    known = isinstance(fields, Mapping) and set(fields) == {"bits", "group_size"}
+        return {}
+    known = isinstance(fields, Mapping) and set(fields) - {"static"} == {"bits", "group_size"}
     if not known or not all(isinstance(each, int) for each in fields.values() if each is not None):
         raise RequestError(
             f"quantization_config.key_value holds bits and group_size, whole numbers, got {fields!r}: write it again."
         )
-    return Grid(fields["bits"] or 0, fields["group_size"])
+    return {"key_value": Grid(fields["bits"] or 0, fields["group_size"]), "static_cache": bool(fields.get("static"))}
 
 
 def _arguments(grid: Grid, strategy: str, *, dynamic: bool, observer: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dynamic quantization of what enters each linear, and of keys and values where attention multiplies them."""
+"""Quantization of what enters each linear, and of keys and values where attention multiplies them."""
 
 from __future__ import annotations
 
@@ -30,22 +30,36 @@ def quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
 
 
 def quantize_cache(heads: Heads, grid: Grid) -> Heads:
-    """Fake quantization of keys and values, one dynamic scale and zero point per token and run of a head's channels.
+    """Fake quantization of keys and values, one scale and zero point per run of a head's channels: those that come with
+    them, or each token's own.
 
     Args:
         heads: what attention multiplies; queries stay.
         grid: bits, and the length of a run; none: a head.
     """
     size = grid.group_size or heads.key.shape[-1]
-    key, value = (quantize_tokens(x.unflatten(-1, (-1, size)), grid).flatten(-2) for x in (heads.key, heads.value))
+    key, value = (
+        (quantize_tokens(runs, grid) if static is None else _quantize_static(runs, grid, *static)).flatten(-2)
+        for runs, static in (
+            (heads.key.unflatten(-1, (-1, size)), heads.key_grid),
+            (heads.value.unflatten(-1, (-1, size)), heads.value_grid),
+        )
+    )
     return heads._replace(key=key, value=value)
+
+
+def _quantize_static(x: Tensor, grid: Grid, step: Tensor, zero: Tensor) -> Tensor:
+    """(batch, heads, tokens, runs, size) on grids (heads, runs), computed in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    step, zero = (each[:, None, :, None].to(wide.dtype) for each in (step, zero))  # (heads, 1, runs, 1)
+    return decode(encode(wide, step, zero, grid), step, zero).to(x.dtype)
 
 
 @contextmanager
 def quantized(modules: Iterable[nn.Module], scheme: Scheme | None) -> Iterator[None]:
     """While it is open, blocks compute with the activations, keys and values of a scheme; None changes nothing.
 
-    A cache that holds full precision is read as if it held integers: each token has a scale of its own.
+    A cache that holds full precision is read as if it held integers: no scale depends on other tokens.
     """
     blocks = list(modules)
     with ExitStack() as hooks, quantized_activations(blocks, scheme and scheme.activation):

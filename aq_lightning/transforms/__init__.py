@@ -20,3 +20,4 @@ from aq_lightning.transforms.rotation import LearnedRotation as LearnedRotation
 from aq_lightning.transforms.rotation import Rotation as Rotation
 from aq_lightning.transforms.rotation import RotationTraining as RotationTraining
 from aq_lightning.transforms.shift import Shift as Shift
+from aq_lightning.transforms.static_cache import StaticCache as StaticCache

@@ -125,6 +125,19 @@ class CacheClip(Operation):
         return 0
 
 
+class CacheGrid(Operation):
+    """Grids of keys and values that are the same for all tokens: steps and zero points, (heads, runs) each."""
+
+    names: ClassVar[tuple[str, ...]] = ("key_step", "key_zero", "value_step", "value_zero")
+    on_heads: ClassVar[bool] = True
+
+    def forward(self, x: Heads) -> Heads:
+        return x._replace(key_grid=(self.key_step, self.key_zero), value_grid=(self.value_step, self.value_zero))
+
+    def multiply_adds(self, channels: int) -> int:
+        return 0
+
+
 def block_product(x: Tensor, matrix: Tensor) -> Tensor:
     """(…, blocks · group · size) times each block's matrix, (blocks, size, size)."""
     shape = SiteShape(matrix.shape[0], matrix.shape[-1])

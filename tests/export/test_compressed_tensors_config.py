@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,12 +90,16 @@ def test_refusals(edit: Callable[[dict[str, Any]], None], message: str) -> None:
 @given(
     st.builds(Scheme, GRIDS, ACTIVATIONS),
     st.none() | st.builds(Grid, st.integers(2, 8), st.none() | st.integers(1, 99)),
+    st.booleans(),
 )
-def test_own_section_round_trip(scheme: Scheme, cache: Grid | None) -> None:
+def test_own_section_round_trip(scheme: Scheme, cache: Grid | None, static: bool) -> None:
     inner = quantization_config(scheme, ["lm_head"])
-    config = json.loads(json.dumps(own_config(inner, ["model.norm"], cache)))
-    assert split_config(config) == (inner, ["model.norm"], cache)
-    assert split_config(inner) == (inner, [], None)
+    whole = scheme if cache is None else replace(scheme, key_value=cache, static_cache=static)
+    config = json.loads(json.dumps(own_config(inner, ["model.norm"], whole)))
+    section, modules, fields = split_config(config)
+    assert (section, modules) == (inner, ["model.norm"]) and replace(scheme, **fields) == whole
+    assert ("static" in str(config)) == (static and cache is not None)
+    assert split_config(inner) == (inner, [], {})
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,6 @@ def test_own_section_round_trip(scheme: Scheme, cache: Grid | None) -> None:
     + [{"bits": 9, "group_size": None}, {"bits": None, "group_size": None}, {"bits": 4, "group_size": 0}]
 )  # fmt: skip
 def test_a_cache_that_is_not_understood_is_refused(cache: object) -> None:
-    config = own_config(quantization_config(Scheme.parse("w4a4"), []), [], None) | {"key_value": cache}
+    config = own_config(quantization_config(Scheme.parse("w4a4"), []), [], Scheme.parse("w4a4")) | {"key_value": cache}
     with pytest.raises(RequestError, match="got"):
         split_config(config)
