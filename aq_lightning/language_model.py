@@ -49,7 +49,8 @@ class QuantizedLanguageModel(LightningModule):
             GPU.
         layout: how 3-, 5-, 6- and 7-bit codes fill 32-bit words: ``padded`` as transformers with compressed-tensors up
             to 0.17 reads them, ``dense`` as newer versions and vLLM do.
-        rotation: of the stream between blocks, folded into the whole model before anything else; null: none.
+        rotation: of the stream between blocks, folded into the whole model before anything else; with ``training``
+            it is learnt, and others inside value heads with it; null: none.
         inputs: what enters a block in training: what the blocks before it answer as they are quantized, or (FlatQuant)
             in full precision.
         keep_best: whether the parameters of the step whose batch had the least loss are kept as one more candidate, at
