@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from aq_lightning.calibration import BlockCalibration, Position, attach, merge, observed
-from aq_lightning.calibration.block import _answer
 from aq_lightning.calibration.call import answer
+from aq_lightning.calibration.compiled import answer_plainly
 from aq_lightning.calibration.observe import initialize
 from aq_lightning.errors import RequestError
 from aq_lightning.experts import experts_of, hooked, run_here, stacks
@@ -187,7 +187,8 @@ def test_expert_without_tokens_starts_from_its_weights_and_stays() -> None:
 def test_compiled_steps_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where another order of sums rounds nothing differently; experts stay outside the compiled code."""
     torch._dynamo.reset()
-    monkeypatch.setattr("aq_lightning.calibration.block._compiled", lambda: torch.compile(_answer, backend="aot_eager"))
+    compiled_answer = torch.compile(answer_plainly, backend="aot_eager")
+    monkeypatch.setattr("aq_lightning.calibration.block.compiled_answer", lambda: compiled_answer)
     model, transforms = tiny("mixtral"), {"mlp_hidden": [Diagonal], "mlp_input": [Diagonal]}
     block, call = model.blocks[0], called(model)
     scheme, gradients = Scheme.parse("w3a8g8"), []

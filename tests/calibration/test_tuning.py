@@ -49,7 +49,7 @@ class Case:
         self.stream, self.arguments = capture(self.model.shell(), TOKENS, self.recipe.streams, CPU)
         live = LiveWindow(self.model, self.model.window(range(2)), self.arguments, self.recipe, CPU)
         self.target = live.run(self.stream)
-        self.weights: Weights = live.merge(live.attach_nearest(), [{}, {}])
+        self.weights: Weights = live.merge(live.attach_nearest(self.stream), [{}, {}])
 
     def whole(self) -> WholeModel:
         return assemble(self.model, self.recipe, self.arguments, lambda _: self.weights, CPU)
