@@ -4,7 +4,7 @@ Each trial fits one block of a random grouped-query model with stability factor,
 way to invert drawn at random, far beyond sensible values, with and without the projection to diagonal dominance. It
 counts crashes, results that are not finite, transforms that are singular after training, and what was kept of each fit.
 
-    python benchmarks/stability.py --trials 1000
+    python benchmarks/stability.py --trials 500
 """
 
 from __future__ import annotations
@@ -126,14 +126,15 @@ def trial(seed: int, dominance: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--trials", type=int, default=500, help="fits with the projection, and as many without")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for dominance in (0.9, None):
         kept: Counter[str] = Counter()
-        for seed in range(arguments.trials):
+        for seed in range(arguments.first, arguments.first + arguments.trials):
             try:
                 kept[trial(seed, dominance)] += 1
             except AssertionError as failure:
