@@ -1,7 +1,6 @@
 """What both passes share, with rounding and division to the last bit what PyTorch computes.
 
-But without the branches of ``tl.div_rn``, which cost more than the rest of a fake quantization: it remains for what is
-divided once per group.
+But without the branches that ``tl.div_rn`` would have for each weight: it remains for what is divided once per group.
 """
 
 from __future__ import annotations
