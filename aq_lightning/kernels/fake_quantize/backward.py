@@ -65,6 +65,27 @@ def _store_sums(
 
 
 @triton.jit
+def _seen(
+    value, columns, direction, offset, d_rounded, j, o_row, m_row, first, width, size,
+    b_r, b_c, b_d, b_dy, b_s, b_y, b_z,
+    LEVELS: tl.constexpr, HAS_COLUMNS: tl.constexpr, HAS_DIRECTION: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    ROUNDING_ONLY: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What both walks see of C columns from ``j`` on: where they lie, weights, codes, and what these receive."""
+    o_in = j + tl.arange(0, C)
+    m = m_row[:, None] if EVEN else m_row[:, None] & (o_in < size)[None, :]
+    o_w = o_row[:, None].to(tl.int64) * width + first + o_in[None, :]
+    if not WHOLE:
+        b_c = load(columns, first + o_in, o_in < size, HAS_COLUMNS, 1.0)
+        b_d = load(direction, first + o_in, o_in < size, HAS_DIRECTION, 0.0)
+    b_v, b_w = load_weight(value, b_r, b_c, o_w, m)
+    p_offset = offset + o_w if HAS_OFFSET else offset
+    b_x, b_ur, b_u = codes(b_w, b_s, b_y, b_z, p_offset, m, LEVELS, HAS_OFFSET)
+    b_g, b_dw = _received(d_rounded, b_d, b_dy, b_ur, o_w, m, LEVELS, ROUNDING_ONLY, HAS_DIRECTION)
+    return o_in, o_w, m, b_c, b_d, b_v, b_w, b_x, b_u, b_g, b_dw
+
+
+@triton.jit
 def _range_gradient(
     value, columns, direction, offset, d_rounded, o_row, m_row, first, width, size,
     b_r, b_c, b_d, b_dy, b_min, b_max, b_s, b_y, b_z,
@@ -76,16 +97,11 @@ def _range_gradient(
     b_dz = tl.zeros([R, C], tl.float32)
     b_ties = tl.zeros([R, C], tl.float32)  # with the least weight, and 4096 times with the greatest
     for j in range(0, C if WHOLE else size, C):
-        o_in = j + tl.arange(0, C)
-        m = m_row[:, None] if EVEN else m_row[:, None] & (o_in < size)[None, :]
-        o_w = o_row[:, None].to(tl.int64) * width + first + o_in[None, :]
-        if not WHOLE:
-            b_c = load(columns, first + o_in, o_in < size, HAS_COLUMNS, 1.0)
-            b_d = load(direction, first + o_in, o_in < size, HAS_DIRECTION, 0.0)
-        b_v, b_w = load_weight(value, b_r, b_c, o_w, m)
-        p_offset = offset + o_w if HAS_OFFSET else offset
-        b_x, b_ur, b_u = codes(b_w, b_s, b_y, b_z, p_offset, m, LEVELS, HAS_OFFSET)
-        b_g, b_dw = _received(d_rounded, b_d, b_dy, b_ur, o_w, m, LEVELS, ROUNDING_ONLY, HAS_DIRECTION)
+        o_in, o_w, m, b_c, b_d, b_v, b_w, b_x, b_u, b_g, b_dw = _seen(
+            value, columns, direction, offset, d_rounded, j, o_row, m_row, first, width, size,
+            b_r, b_c, b_d, b_dy, b_s, b_y, b_z,
+            LEVELS, HAS_COLUMNS, HAS_DIRECTION, HAS_OFFSET, ROUNDING_ONLY, EVEN, WHOLE, C,
+        )  # fmt: skip
         b_ds = _plus(b_ds, b_g * (b_u - b_z[:, None]) - b_dw * b_x, WHOLE)
         b_dz = _plus(b_dz, b_g - b_dw, WHOLE)
         b_tie = tl.where(b_w == b_min[:, None], 1.0, 0.0) + tl.where(b_w == b_max[:, None], 4096.0, 0.0)
@@ -110,16 +126,11 @@ def _rest(
     are least and greatest; returns those of rows, columns and direction, not summed, float32 [R, C]."""
     b_dr = tl.zeros([R, C], tl.float32)
     for j in range(0, C if WHOLE else size, C):
-        o_in = j + tl.arange(0, C)
-        m = m_row[:, None] if EVEN else m_row[:, None] & (o_in < size)[None, :]
-        o_w = o_row[:, None].to(tl.int64) * width + first + o_in[None, :]
-        if not WHOLE:
-            b_c = load(columns, first + o_in, o_in < size, HAS_COLUMNS, 1.0)
-            b_d = load(direction, first + o_in, o_in < size, HAS_DIRECTION, 0.0)
-        b_v, b_w = load_weight(value, b_r, b_c, o_w, m)
-        p_offset = offset + o_w if HAS_OFFSET else offset
-        b_x, b_ur, b_u = codes(b_w, b_s, b_y, b_z, p_offset, m, LEVELS, HAS_OFFSET)
-        b_g, b_dw = _received(d_rounded, b_d, b_dy, b_ur, o_w, m, LEVELS, ROUNDING_ONLY, HAS_DIRECTION)
+        o_in, o_w, m, b_c, b_d, b_v, b_w, b_x, b_u, b_g, b_dw = _seen(
+            value, columns, direction, offset, d_rounded, j, o_row, m_row, first, width, size,
+            b_r, b_c, b_d, b_dy, b_s, b_y, b_z,
+            LEVELS, HAS_COLUMNS, HAS_DIRECTION, HAS_OFFSET, ROUNDING_ONLY, EVEN, WHOLE, C,
+        )  # fmt: skip
         if HAS_OFFSET:
             tl.store(d_offset + o_w, b_dw * b_s[:, None], mask=m)
         b_dw += tl.where(b_w == b_min[:, None], b_dmin[:, None], 0.0)
