@@ -3,9 +3,9 @@
     python benchmarks/scaling.py --shapes llama-70b llama-7b --devices 1 2 --seconds 330 --out DIRECTORY
 
 Models of a few blocks in the shapes of well-known ones, with random weights, are written as safetensors and calibrated
-by ``train.py fit`` with configs/affinequant.yaml. Runs on one device go side by side, one model to a GPU; runs on
-several have the machine for themselves. Times are those of the blocks behind the first, which also compiles. Then a
-tiny model is calibrated on the greatest number of devices, each of its processes is killed once, and the bytes are
+by ``train.py fit`` with configs/affinequant.yaml, up to the last block: what follows, the checkpoint, is written by one
+process whatever their number. Runs on one device go side by side, one model to a GPU; runs on several have the machine
+for themselves. Times are those of the blocks behind the first, which also compiles. Then a tiny model is calibrated on the greatest number of devices, each of its processes is killed once, and the bytes are
 compared with those of a run that was left alone. ``scaling.json`` and ``scaling.md`` are written after every result.
 
 Of two results, the losses before training show how well the statistics agree, those after it how well the whole does:
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Row:
     host_gib: float
     """Sum of the processes' greatest resident sets."""
     run_seconds: float
-    """From the start of the command to its end."""
+    """From the start of the command to the end of the last block."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,25 @@ class Command:
             raise RuntimeError(f"exit code {self.process.returncode}: {self.log.read_text()[-3000:]}")
         return time.monotonic() - self.began
 
+    def reach(self, file: Path, deadline: float) -> float:
+        """Waits for a file, and ends all processes; seconds that it took.
+
+        Raises:
+            RuntimeError: the command ended without it, or time was up.
+        """
+        while not file.is_file():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"no {file.name} of the last block: {self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+        seconds = time.monotonic() - self.began
+        self.kill()
+        return seconds
+
     def kill(self) -> None:
         """Ends all its processes."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _watch(self) -> None:
@@ -178,27 +195,37 @@ def arguments(model: Path, size: Size, devices: int, gpu: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def measured(shape: str, devices: int, run: Path, command: Command, deadline: float) -> Row:
-    """Waits for a run and reads what it measured."""
-    seconds = command.finish(deadline)
-    blocks = json.loads((run / "results.json").read_text())["blocks"]
+def metrics_of(run: Path, block: int) -> Path:
+    """Where a run keeps what it measured of a block, written with everything else of that block at once."""
+    return run / f"blocks/{block:04d}/metrics.json"
+
+
+def blocks_of(run: Path, count: int) -> list[dict]:
+    """Metrics of all blocks of a run."""
+    return [json.loads(metrics_of(run, block).read_text()) for block in range(count)]
+
+
+def measured(shape: str, devices: int, run: Path, count: int, command: Command, deadline: float) -> Row:
+    """Waits for a run's last block and reads what it measured."""
+    seconds = command.reach(metrics_of(run, count - 1), deadline)
+    blocks = blocks_of(run, count)
     times = [block["seconds"] for block in blocks[1:]] or [blocks[0]["seconds"]]
     peak = max(block["peak_memory_bytes"] for block in blocks)
     return Row(shape, devices, statistics.median(times), peak / 2**30, sum(command.peaks.values()) / 2**30, seconds)
 
 
-def difference(one: Path, other: Path) -> dict[str, float]:
+def difference(one: Path, other: Path, count: int) -> dict[str, float]:
     """How two runs differ, relatively: the losses of block 0 before training, those of every block at last; and the
     share of packed words."""
-    blocks = [json.loads((run / "results.json").read_text())["blocks"] for run in (one, other)]
+    blocks = [blocks_of(run, count) for run in (one, other)]
     before = max(abs(blocks[1][0]["candidates"][k] / blocks[0][0]["candidates"][k] - 1) for k in ("start", "nearest"))
-    after, words, count = 0.0, 0, 0
+    after, words, total = 0.0, 0, 0
     for a, b in zip(*blocks, strict=True):
         after = max(after, abs(b["loss"] / a["loss"] - 1))
         first, second = (load_file(run / f"blocks/{a['block']:04d}/weights.safetensors") for run in (one, other))
         for name in (name for name in first if name.endswith("weight_packed")):
-            words, count = words + int((first[name] != second[name]).sum()), count + first[name].numel()
-    return {"before": before, "after": after, "words": words / count}
+            words, total = words + int((first[name] != second[name]).sum()), total + first[name].numel()
+    return {"before": before, "after": after, "words": words / total}
 
 
 def deaths(place: Path, devices: int, gpu: bool, deadline: float) -> dict[str, object]:
@@ -299,8 +326,8 @@ class Bench:
         """Several devices, and what they do otherwise than one."""
         self.attempt(f"{name} on {devices}", lambda: self.take(name, devices, self.start(name, size, devices, None)))
         runs = [self.place / f"{name}-{count}" for count in (1, devices)]
-        if all((run / "results.json").is_file() for run in runs):
-            self.differences.append({"shape": name, "devices": devices, **difference(*runs)})
+        if all(metrics_of(run, size.blocks - 1).is_file() for run in runs):
+            self.differences.append({"shape": name, "devices": devices, **difference(*runs, size.blocks)})
             self.write()
 
     def start(self, name: str, size: Size, devices: int, lane: int | None) -> Command:
@@ -312,7 +339,8 @@ class Bench:
 
     def take(self, name: str, devices: int, command: Command) -> None:
         """Waits for a run's row."""
-        self.rows.append(measured(name, devices, self.place / f"{name}-{devices}", command, self.deadline))
+        run = self.place / f"{name}-{devices}"
+        self.rows.append(measured(name, devices, run, self.options.blocks, command, self.deadline))
 
     def _deaths(self) -> None:
         self.killed = deaths(self.place, max(self.options.devices), self.gpu, self.deadline)
