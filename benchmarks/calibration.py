@@ -66,6 +66,7 @@ SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 8, 32),
     "llama-30b": Shape(6656, 17920, 52, 52, 60),
     "llama-70b": Shape(8192, 28672, 64, 8, 80),
+    "smollm2": Shape(576, 1536, 9, 3, 30),
     "tiny": Shape(128, 256, 4, 2, 2),
 }
 OURS = {
@@ -271,7 +272,7 @@ def _cast(value: object, dtype: torch.dtype) -> object:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name.startswith("llama")])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=24)

@@ -1,6 +1,6 @@
 """One GPU against several: time of a block, memory, equality of the results, and a death of each process in turn.
 
-    python benchmarks/scaling.py --shapes llama-70b llama-7b --devices 1 2 --seconds 330 --out DIRECTORY
+    python benchmarks/scaling.py --shapes llama-70b smollm2 --devices 1 2 --blocks 4 --batch 8 --seconds 400 --out DIRECTORY
 
 Models of a few blocks in the shapes of well-known ones, with random weights, are written as safetensors and calibrated
 by ``train.py fit`` with configs/affinequant.yaml, up to the last block: what follows, the checkpoint, is written by one
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -65,6 +66,8 @@ class Size:
     length: int
     epochs: int
     batch: int
+    group: int
+    """Input channels that share a scale."""
 
 
 class Command:
@@ -188,7 +191,7 @@ def arguments(model: Path, size: Size, devices: int, gpu: bool) -> list[str]:
     """Of ``train.py fit``, but for the run directory."""
     return [
         "fit", f"--config={ROOT / 'configs/affinequant.yaml'}", f"--model.pretrained={model}",
-        "--model.scheme=w4a16g128", f"--model.batch_size={size.batch}", f"--data.source={model / 'text.txt'}",
+        f"--model.scheme=w4a16g{size.group}", f"--model.batch_size={size.batch}", f"--data.source={model / 'text.txt'}",
         f"--data.samples={size.samples}", f"--data.length={size.length}", "--data.evaluation_samples=1",
         f"--data.cache_dir={model / 'cache'}", f"--trainer.max_epochs={size.epochs}", "--save_every=0",
         f"--trainer.accelerator={'gpu' if gpu else 'cpu'}", f"--trainer.devices={devices}",
@@ -308,8 +311,8 @@ class Bench:
 
     def size(self, name: str) -> Size:
         """Of a shape's model."""
-        o = self.options
-        return Size(o.blocks, o.samples, o.length, o.epochs, o.batch)
+        o, group = self.options, math.gcd(128, SHAPES[name].hidden)
+        return Size(o.blocks, o.samples, o.length, o.epochs, o.batch, group)
 
     def alone(self, sizes: dict[str, Size]) -> None:
         """One device each, as many at once as there are GPUs."""
@@ -356,7 +359,7 @@ class Bench:
     def write(self) -> None:
         """Whatever is known."""
         device = torch.cuda.get_device_name() if self.gpu else "CPU"
-        lines = [f"{device}, torch {torch.__version__}, {self.size('')}", ""]
+        lines = [f"{device}, torch {torch.__version__}, {self.size(self.options.shapes[0])}", ""]
         lines += report(self.rows, self.differences, self.killed, self.notes)
         content = {"device": device, "rows": [asdict(row) for row in self.rows], "differences": self.differences,
                    "deaths": self.killed, "notes": self.notes}  # fmt: skip
