@@ -177,7 +177,8 @@ def carry(module: nn.Module, operations: Sequence[Operation]) -> None:
     online = Online(*operations)
     module.add_module(_NAME, online)
     if isinstance(module, nn.Linear):
-        online.handle = module.register_forward_pre_hook(_before, prepend=True)  # quantizers see the product
+        online.handle = module.register_forward_pre_hook(_before)
+        _run_first(module, online.handle.id)  # quantizers see the product
     elif module in attentions(module):
         online.handle = hook_attention(module, online, prepend=True)
     else:
@@ -251,6 +252,14 @@ def _operation(path: str, tensors: dict[str, Tensor]) -> Operation:
             f"tensors {', '.join(sorted(tensors))} on {path}: read it with the version that wrote it."
         )
     return kinds[0](**tensors)
+
+
+def _run_first(module: nn.Module, hook: int) -> None:
+    """Moves a pre-hook ahead of the others. ``prepend=True`` would leave them where they lie in memory, where compiled
+    code of PyTorch 2.11 looks them up, and take one for another."""
+    hooks = module._forward_pre_hooks
+    for other in [key for key in hooks if key != hook]:
+        hooks[other] = hooks.pop(other)
 
 
 def _after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
