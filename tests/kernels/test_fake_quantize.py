@@ -41,7 +41,7 @@ def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: 
         torch.manual_seed(1)
         loss = (rounded.float() * torch.randn(rounded.shape).to(DEVICE)).sum()
         loss = loss + (gain * torch.randn(gain.shape).to(DEVICE)).sum()
-        wanted = [tensor for tensor in tensors if tensor is not None]
+        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         results.append(((rounded, gain), torch.autograd.grad(loss, wanted)))
     return results
 
@@ -68,11 +68,14 @@ def test_kernel_equals_the_plain_path(turn, height, width, groups) -> None:
 ABSENT = [(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0), (1, 0, 1, 1), (0, 0, 0, 1)]
 
 
+@pytest.mark.parametrize("width", [64, 1300], ids="groups of {}".format)
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
-def test_parts_may_be_absent_and_weights_in_half_precision(absent) -> None:
+def test_parts_may_be_absent_and_weights_frozen_or_in_half_precision(absent, frozen: bool, width: int) -> None:
     dtype = HALVES[ABSENT.index(absent) % len(HALVES)]
-    tensors = inputs(20, 64, 2, dtype, *absent)
-    grid = Grid(4, 32)
+    tensors = inputs(20, width, 2, dtype, *absent)
+    tensors[0].requires_grad_(not frozen)
+    grid = Grid(4, width // 2)
     (plain, wanted), (fused, got) = both(tensors, grid, dtype, True, dtype)
     assert fused[0].dtype == dtype
     for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
@@ -80,14 +83,15 @@ def test_parts_may_be_absent_and_weights_in_half_precision(absent) -> None:
         assert_close("result", a.float(), b.float(), 1e-2 if a.dtype != torch.float32 else 1e-4)
 
 
-def test_groups_of_zeros_and_of_one_sign_stay_finite() -> None:
-    tensors = inputs(6, 32, 2, torch.float32, True, True, True, True)
+@pytest.mark.parametrize("width", [32, 1300])
+def test_groups_of_zeros_and_of_one_sign_stay_finite(width: int) -> None:
+    tensors = inputs(6, width, 2, torch.float32, True, True, True, True)
     with torch.no_grad():
         tensors[0][0] = 0
         tensors[0][1] = tensors[0][1].abs()
         tensors[0][2] = -tensors[0][2].abs()
-        tensors[0][3, ::2] = 1.5
-    (plain, wanted), (fused, got) = both(tensors, Grid(3, 16), torch.float16, True, torch.float32)
+        tensors[0][3, ::2] = 1.5  # many weights at an end
+    (plain, wanted), (fused, got) = both(tensors, Grid(3, width // 2), torch.float16, True, torch.float32)
     for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
         assert torch.isfinite(b).all()
         assert_close("result", a, b, 1e-4)
