@@ -178,25 +178,35 @@ def microseconds(runs: Sequence[Callable[[], object]], milliseconds: float = 10.
 
 
 @cache
-def _apart() -> tuple[torch.cuda.Stream, tuple[int, int]]:
-    """A stream and a pool of memory for recording; graphs follow one another, so one pool serves all."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+def _apart() -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """A stream for recording, and a graph that is kept: a pool of memory lives as long as a graph that uses it, and
+    graphs follow one another, so one pool serves all."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        torch.zeros(1, device="cuda")
+    return stream, graph
 
 
 def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """All runs once to warm up, then as a graph; ``torch.cuda.graph`` would collect garbage for each of thousands."""
-    graph, (stream, pool) = torch.cuda.CUDAGraph(), _apart()
+    graph, (stream, first) = torch.cuda.CUDAGraph(), _apart()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for run in runs:
             run()
         torch.cuda.synchronize()
-        graph.capture_begin(pool=pool)
         try:
-            for run in runs:
-                run()
-        finally:
-            graph.capture_end()
+            graph.capture_begin(pool=first.pool())
+            try:
+                for run in runs:
+                    run()
+            finally:
+                graph.capture_end()
+        except RuntimeError:
+            generator.graphsafe_set_state(before)  # which otherwise believes for ever that it is being recorded
+            raise
     return graph
 
 
