@@ -93,8 +93,8 @@ def test_graphs_of_a_gpu(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     made: list[captured.Graph] = []
 
     class Counted(captured.Graph):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
             made.append(self)
 
     monkeypatch.setattr(captured, "Graph", Counted)
