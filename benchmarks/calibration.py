@@ -69,6 +69,7 @@ SHAPES = {
     "smollm2": Shape(576, 1536, 9, 3, 30),
     "tiny": Shape(128, 256, 4, 2, 2),
 }
+DEFAULT = [name for name in SHAPES if name.startswith("llama")]
 OURS = {
     "weights": ("affinequant.yaml", "w4a16g128"),
     "activations": ("affinequant.yaml", "w4a4"),
@@ -272,7 +273,7 @@ def _cast(value: object, dtype: torch.dtype) -> object:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name.startswith("llama")])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=24)

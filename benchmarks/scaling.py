@@ -1,12 +1,13 @@
 """One GPU against several: time of a block, memory, equality of the results, and a death of each process in turn.
 
-    python benchmarks/scaling.py --shapes llama-70b smollm2 --devices 1 2 --blocks 4 --batch 8 --seconds 400 --out DIRECTORY
+    python benchmarks/scaling.py --shapes llama-70b smollm2 --devices 1 2 --blocks 4 --batch 8 --seconds 400 --out DIR
 
 Models of a few blocks in the shapes of well-known ones, with random weights, are written as safetensors and calibrated
 by ``train.py fit`` with configs/affinequant.yaml, up to the last block: what follows, the checkpoint, is written by one
 process whatever their number. Runs on one device go side by side, one model to a GPU; runs on several have the machine
-for themselves. Times are those of the blocks behind the first, which also compiles. Then a tiny model is calibrated on the greatest number of devices, each of its processes is killed once, and the bytes are
-compared with those of a run that was left alone. ``scaling.json`` and ``scaling.md`` are written after every result.
+for themselves. Times are those of the blocks behind the first, which also compiles. Then a tiny model is calibrated on
+the greatest number of devices, each of its processes is killed once, and the bytes are compared with those of a run
+that was left alone. ``scaling.json`` and ``scaling.md`` are written after every result.
 
 Of two results, the losses before training show how well the statistics agree, those after it how well the whole does:
 where a gradient is nearly 0, Adam's steps follow the sign of its rounding error.

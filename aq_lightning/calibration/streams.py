@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def capture(
     """Inputs of block 0 for every window, and every block's other arguments.
 
     The model runs with each block replaced, for this pass only, by one that hands its input on: nothing of the blocks
-    is computed or even needs to be loaded.
+    is computed or even needs to be loaded. Behind the first window, which tells the arguments of all blocks, the model
+    is left where block 0 would begin.
 
     Args:
         model: causal language model whose parts outside the blocks are loaded; these are left in float32.
@@ -54,9 +56,20 @@ def capture(
     inputs: list[Tensor] = []
     with _passing_through(blocks, architecture, inputs) as arguments:
         for window in windows:  # one at a time: every argument keeps a batch dimension of 1, which broadcasts
-            model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
-            inputs[-1] = inputs[-1].to("cpu" if storage.place == "host" else device, storage.torch_dtype)
+            with suppress(_Entered):
+                model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
+                blocks[0].forward = partial(_enter, inputs)
+            inputs[-1] = inputs[-1].to("cpu" if storage.place == "host" else device).to(storage.torch_dtype)
     return check_finite(storage.store(torch.cat(inputs), device)), arguments
+
+
+class _Entered(Exception):
+    """What enters block 0 is known."""
+
+
+def _enter(inputs: list[Tensor], hidden: Tensor, **_: object) -> None:
+    inputs.append(hidden)
+    raise _Entered
 
 
 @contextmanager

@@ -74,6 +74,15 @@ def test_capture_leaves_the_model_as_it_was(model: LlamaForCausalLM, windows: Te
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
+def test_behind_the_first_window_nothing_behind_the_blocks_is_computed(
+    model: LlamaForCausalLM, windows: Tensor
+) -> None:
+    seen: list[Tensor] = []
+    model.model.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    stream, _ = capture(model, windows, FLOAT32, CPU)
+    assert len(seen) == 1 and torch.equal(seen[0], stream[:1])
+
+
 def test_failed_capture_puts_the_blocks_back(model: LlamaForCausalLM) -> None:
     with pytest.raises(IndexError):
         capture(model, torch.full((1, 8), 96), FLOAT32, CPU)
