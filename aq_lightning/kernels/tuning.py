@@ -33,7 +33,7 @@ _WRONG = 1e-2  # relative error at which a configuration does not count: roundin
 def candidates(product: Product) -> list[Config]:
     """Configurations worth measuring for a product."""
     found = [
-        Config(rows, tokens, unroll, splits, stages, warps, scaled)
+        Config(rows, tokens, unroll, splits, stages, warps, scaled, joined=warps % 4 == 0)
         for tokens, blocks, depths, scalings in _kinds(product.tokens)
         for (rows, warps), (unroll, stages), scaled in combinations(blocks, depths, scalings)
         for splits in (1, 2, 3, 4, 6, 8)
@@ -41,7 +41,7 @@ def candidates(product: Product) -> list[Config]:
     ]
     found = [config for config in found if shared(config, product) <= _SHARED]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
-        return list(dict.fromkeys(replace(config, scaled=False) for config in found))
+        return list(dict.fromkeys(replace(config, scaled=False, joined=False) for config in found))
     return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
 
 
@@ -49,7 +49,8 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[tuple
     """Tokens of a block → (rows, warps), (unroll, stages) and scalings that go with them.
 
     What is left out compiles, on Hopper, to a quarter more instructions for each weight than another number of warps
-    for the same rows (few tokens), or keeps registers in memory.
+    for the same rows (few tokens), or keeps registers in memory. Warps that come in fours multiply in the tensor cores'
+    own time, and chunks are joined for them; others are quicker without.
     """
     deep, even, shallow = [(1, 4), (1, 6), (2, 4)], [(1, 3), (1, 4)], [(1, 2), (1, 3), (1, 4)]
     if tokens <= 16:
@@ -61,7 +62,9 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[tuple
     if 32 < tokens <= 128:
         yield 64, [(64, 4), (128, 4), (256, 8)], even, [False, True]
     if tokens > 64:
+        yield 128, [(64, 4), (128, 8)], shallow, [False]
         yield 128, [(128, 4), (128, 8), (256, 8)], shallow, [True]
+        yield 64, [(128, 4), (256, 8)], even, [False]
     if tokens > 128:
         yield 256, [(128, 8)], shallow[:2], [True]
 

@@ -37,6 +37,8 @@ class Config:
     """Whether scales meet the weight rather than sums of a group."""
     overlap: bool = False
     """Whether it starts before the kernel ahead has ended; Hopper."""
+    joined: bool = False
+    """Whether chunks that share a scale are one product, so that tensor cores are waited for once, not for each."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 

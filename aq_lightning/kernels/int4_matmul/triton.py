@@ -14,10 +14,11 @@ from torch import Tensor
 
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.unpack import common, operand, plane, start
+from aq_lightning.kernels.int4_matmul.unpack import beside, common, operand, plane, start, together
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands, tiling
 
+_JOINED = 4  # chunks of one product at most: their operands fill a quarter of a thread's registers
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -40,6 +41,37 @@ def _weight(
     if start(BITS, CODE) + BITS > 16:
         b_next = tl.load(p_tile + (plane(BITS, CODE) + 1) * (64 * CHUNK))
     return operand(b_w, b_next, b_z, b_s, BITS, CODE, DTYPE, SCALED, ASSEMBLY)
+
+
+@triton.jit
+def _weights(
+    p_w, i_first, chunk, spans, b_z, b_s,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """WIDE chunks of columns side by side, [R, WIDE · CHUNK]; ``chunk`` is the first, counted from tile ``i_first``."""
+    if WIDE == 1:
+        p_tile = p_w + tl.minimum(i_first + chunk // CODES, spans - 1) * (PLANES * 64 * CHUNK)
+        return _weight(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
+    else:
+        HALF: tl.constexpr = WIDE // 2
+        b_left = _weights(
+            p_w, i_first, chunk, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
+        )
+        b_right = _weights(
+            p_w, i_first, chunk + HALF, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
+        )
+        return beside(b_left, b_right)
+
+
+@triton.jit
+def _settled(b_sum, CARRIED: tl.constexpr):
+    """The same sums, waited for if the next step of a loop adds to them: products still pending when it begins would be
+    run one by one."""
+    if CARRIED:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_sum], tl.float32, True, 1)
+    else:
+        return b_sum
 
 
 @triton.jit
@@ -69,20 +101,22 @@ def _int4_matmul_kernel(
     BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
 
-    GROUP: chunks that share a scale, 0 if a whole row does. SCALED: scales meet the weight, not the sums.
+    GROUP: chunks that share a scale, 0 if a whole row does. SCALED: scales meet the weight, not the sums. JOINED:
+    chunks of one product at most.
     """
     STEP: tl.constexpr = UNROLL * CODES  # chunks
     SAME: tl.constexpr = common(GROUP, STEP)  # chunks of a step that share a scale
+    WIDE: tl.constexpr = together(SAME, JOINED)
     i_m, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n, o_m, o_c = i_n * R + tl.arange(0, R), i_m * T + tl.arange(0, T), tl.arange(0, CHUNK)
-    m_n, m_m = o_n < N, o_m < M
+    m_n, m_m, o_in = o_n < N, o_m < M, tl.arange(0, WIDE * CHUNK)
     o_tile = tl.minimum(o_n // 64, (N - 1) // 64)  # rows behind the last tile read it again; nothing of theirs is kept
     p_w = words + (o_tile * (spans * PLANES * 64 * CHUNK) + (o_n % 64) * CHUNK)[:, None] + o_c[None, :]
-    p_x = x + o_m[None, :].to(tl.int64) * K + o_c[:, None]
+    p_x = x + o_m[None, :].to(tl.int64) * K + o_in[:, None]
     first, last = i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL))
     if OVERLAP:
         start_early(words, first * UNROLL, tl.minimum(last * UNROLL, spans), spans, N, R, CHUNK, PLANES * 64 * CHUNK)
@@ -97,15 +131,17 @@ def _int4_matmul_kernel(
                 m_s = m_n & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
                 b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
             b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
-            for chunk in tl.static_range(begin, begin + SAME):
-                i_span = tl.minimum(i_step * UNROLL + chunk // CODES, spans - 1)
-                p_tile = p_w + i_span * (PLANES * 64 * CHUNK)
+            for chunk in tl.static_range(begin, begin + SAME, WIDE):
                 o_k = (i_step * STEP + chunk) * CHUNK
-                m_x = m_m[None, :] & (o_k + o_c < K)[:, None] if RAGGED else m_m[None, :]
-                b_x = tl.load(p_x + o_k, mask=m_x, other=0.0)  # [CHUNK, T]
-                b_w = _weight(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
+                m_x = m_m[None, :] & (o_k + o_in < K)[:, None] if RAGGED else m_m[None, :]
+                b_x = tl.load(p_x + o_k, mask=m_x, other=0.0)  # [WIDE · CHUNK, T]
+                b_w = _weights(
+                    p_w, i_step * UNROLL, chunk, spans, b_z, b_s,
+                    BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, SCALED, ASSEMBLY,
+                )  # fmt: skip
                 b_sum = tl.dot(b_w, b_x, b_sum)
             b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
+        b_y = _settled(b_y, ASSEMBLY and (GROUP == 0 or SCALED))
     if not SPLIT:
         _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
@@ -166,7 +202,8 @@ def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config
         tokens, rows, columns, weight.words.shape[1], steps, config.splits,
         **_constants(weight, columns, x.dtype), HAS_BIAS=bias is not None, RAGGED=columns % step != 0,
         R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1, STAGES=config.stages,
-        SCALED=config.scaled and weight.scales.shape[0] > 1, OVERLAP=config.overlap,
+        SCALED=config.scaled and weight.scales.shape[0] > 1, JOINED=_JOINED if config.joined else 1,
+        OVERLAP=config.overlap,
         num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
     )  # fmt: skip
     return y

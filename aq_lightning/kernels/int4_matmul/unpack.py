@@ -43,6 +43,12 @@ def common(group, step):
 
 
 @triton.constexpr_function
+def together(same, most):
+    """Chunks of one product: a power of 2, at most so many, that divides those that share a scale."""
+    return min(same & -same, most)
+
+
+@triton.constexpr_function
 def raised(bits, code, dtype):
     """r: bits by which the code stands above the mantissa's end when it is masked."""
     return start(bits, code) if start(bits, code) + bits <= _EXPONENT[dtype][0] else 0
@@ -79,6 +85,13 @@ def dtype_pair(dtype):
 def _twice(b_row, b_w, DTYPE: tl.constexpr):
     """A number for each row, in DTYPE, as each of its words reads it."""
     return tl.broadcast_to(b_row.to(tl.float16 if DTYPE == "fp16" else tl.bfloat16)[:, None], b_w.shape)
+
+
+@triton.jit
+def beside(b_left, b_right):
+    """[R, C] twice, as [R, 2 C]; in the registers from which tensor cores read, nothing moves."""
+    b_both = tl.permute(tl.join(b_left, b_right), (0, 2, 1))
+    return tl.reshape(b_both, (b_left.shape[0], 2 * b_left.shape[1]))
 
 
 @triton.jit

@@ -55,6 +55,9 @@ CONFIGS = [
     Config(64, 16, splits=3),
     Config(64, 16, scaled=True),
     Config(128, 8, splits=2, warps=8, scaled=True),
+    Config(64, 16, joined=True),
+    Config(64, 16, splits=2, scaled=True, joined=True),
+    Config(32, 8, unroll=2, joined=True),
     Config(dequantize=True),
 ]
 
@@ -76,14 +79,15 @@ def test_every_block_size_gives_the_same_product(config, shape, answer) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_width_of_codes(bits, scaled, answer) -> None:
-    """Each in groups, scaled before the product and behind it, and per channel; dtypes and symmetry take turns."""
-    dtype = HALVES[(bits + scaled) % len(HALVES)]
+    """Each in groups, scaled before the product and behind it, and per channel; dtypes, symmetry and whether chunks are
+    joined take turns."""
+    dtype, config = HALVES[(bits + scaled) % len(HALVES)], Config(32, 8, scaled=scaled, joined=bits % 3 == 0 or scaled)
     for columns, size in ((544, 32),) if scaled else ((544, 32), (300, None)):
         weight = random_weight(70, columns, bits, size, bool(bits // 2 % 2), dtype)
         x, _ = inputs(3, weight, dtype)
         packed = operands(weight)
         expected = naive.int4_matmul(x.float(), *packed)
-        assert_close(f"{columns}", expected, answer(x, packed, None, Config(32, 8, scaled=scaled)), ROUNDING[dtype])
+        assert_close(f"{columns}", expected, answer(x, packed, None, config), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
