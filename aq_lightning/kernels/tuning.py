@@ -41,7 +41,7 @@ def candidates(product: Product) -> list[Config]:
     ]
     found = [config for config in found if shared(config, product) <= _SHARED]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
-        return list(dict.fromkeys(replace(config, scaled=False, joined=False) for config in found))
+        return list(dict.fromkeys(replace(config, scaled=False) for config in found))
     return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
 
 

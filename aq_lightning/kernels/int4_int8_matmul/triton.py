@@ -18,7 +18,7 @@ from aq_lightning.kernels.fake_quantize.parts import divide
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
-from aq_lightning.kernels.int4_matmul.unpack import common
+from aq_lightning.kernels.int4_matmul.unpack import beside, common
 from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 
@@ -121,6 +121,18 @@ def _operand(b_bytes, b_z, BITS: tl.constexpr, CODE: tl.constexpr, HALF: tl.cons
 
 
 @triton.jit
+def _operands(
+    b_bytes, b_z, BITS: tl.constexpr, CODE: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr
+):
+    """WIDE codes from CODE on, side by side, int8 [R, WIDE · 2 · chunk]."""
+    if WIDE == 1:
+        return _operand(b_bytes, b_z, BITS, CODE, HALF, ASSEMBLY)
+    else:
+        b_left = _operands(b_bytes, b_z, BITS, CODE, WIDE // 2, HALF, ASSEMBLY)
+        return beside(b_left, _operands(b_bytes, b_z, BITS, CODE + WIDE // 2, WIDE // 2, HALF, ASSEMBLY))
+
+
+@triton.jit
 def _store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Stores sums [R, T], scaled by tokens (and rows), as Y."""
     if ROW_SCALE:
@@ -138,18 +150,21 @@ def _int4_int8_matmul_kernel(
     M, N, K, WIDTH, spans, steps, splits,
     BITS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, JOINED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A tile [R, T] of Yᵀ over ``steps`` steps of UNROLL tiles of columns. GROUP: chunks that share a scale, 0: all."""
+    """A tile [R, T] of Yᵀ over ``steps`` steps of UNROLL tiles of columns. GROUP: chunks that share a scale, 0: all.
+    JOINED: whether codes of a byte are one product."""
     BYTES: tl.constexpr = 2 * CHUNK
     PER: tl.constexpr = 8 // BITS
     CODES: tl.constexpr = 2 * PER
     SAME: tl.constexpr = common(GROUP, CODES)  # codes of a string that share a scale
+    COUNT: tl.constexpr = PER if SAME == CODES else SAME  # of them in a byte
+    WIDE: tl.constexpr = COUNT if JOINED else 1
     i_m, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n, o_m, o_e = i_n * R + tl.arange(0, R), i_m * T + tl.arange(0, T), tl.arange(0, BYTES)
     o_tile = tl.minimum(o_n // 64, (N - 1) // 64)
     p_w = words + (o_tile * (spans * 64 * BYTES) + (o_n % 64) * BYTES)[:, None] + o_e[None, :]
-    p_x = x + o_m[None, :].to(tl.int64) * WIDTH + o_e[:, None]
+    p_x = x + o_m[None, :].to(tl.int64) * WIDTH + tl.arange(0, WIDE * BYTES)[:, None]
     first, last = i_k * steps, tl.minimum((i_k + 1) * steps, tl.cdiv(spans, UNROLL))
     if OVERLAP:
         start_early(words, first * UNROLL, tl.minimum(last * UNROLL, spans), spans, N, R, CHUNK, 64 * CHUNK, 2)
@@ -167,10 +182,12 @@ def _int4_int8_matmul_kernel(
                     scales + i_group * N + o_n, (o_n < N) & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
                 )
             b_sum = b_y if GROUP == 0 else tl.zeros([R, T], tl.int32)
-            for code in tl.static_range(begin % CODES % PER, begin % CODES % PER + (PER if SAME == CODES else SAME)):
+            for code in tl.static_range(begin % CODES % PER, begin % CODES % PER + COUNT, WIDE):
                 b_bytes = tl.load(p_w + i_tile * (64 * BYTES))
                 b_x = tl.load(p_x + (i_span * PER + code) * BYTES, mask=(o_m < M)[None, :], other=0)
-                b_w = _operand(b_bytes, b_z, BITS, code, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY)
+                b_w = _operands(
+                    b_bytes, b_z, BITS, code, WIDE, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY
+                )
                 b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
             b_y = b_sum if GROUP == 0 else b_y + b_sum.to(tl.float32) * b_s[:, None]
     b_y = b_y.to(tl.float32)
@@ -235,7 +252,8 @@ def multiply(codes: Tensor, scale: Tensor, weight: Operands, bias: Tensor | None
         tokens, rows, columns, codes.shape[1], weight.words.shape[1], steps, config.splits,
         BITS=weight.bits, CHUNK=chunk, GROUP=0 if groups == 1 else columns // groups // chunk,
         HAS_BIAS=bias is not None, R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1,
-        STAGES=config.stages, ASSEMBLY=x.is_cuda and torch.version.cuda is not None, OVERLAP=config.overlap,
+        STAGES=config.stages, JOINED=config.joined, OVERLAP=config.overlap,
+        ASSEMBLY=x.is_cuda and torch.version.cuda is not None,
         num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
     )  # fmt: skip
     return y
