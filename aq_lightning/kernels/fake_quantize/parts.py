@@ -30,7 +30,7 @@ def reciprocal(b_s):
 def divide(b_a, b_s, b_y):
     """a / s as IEEE 754 rounds it, y = 1 / s: what the remainder says corrects the first quotient (Markstein 1990)."""
     b_q = b_a * b_y
-    return tl.fma(tl.fma(-b_q, b_s, b_a), b_y, b_q)
+    return tl.fma(tl.fma(b_q, -b_s, b_a), b_y, b_q)
 
 
 @triton.jit
