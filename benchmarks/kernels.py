@@ -192,7 +192,8 @@ def means(tables: dict[tuple[int, int], dict[str, dict[int, float]]]) -> Iterato
         yield line(name, lambda times, t, n=name: t in times.get(n, ()) and times["fp16"].get(t, 0) / times[n][t])
 
     def to_best(times: dict[str, dict[int, float]], t: int) -> float | None:
-        peers = [found[t] for name, found in times.items() if name not in (OURS, "fp16") and t in found]
+        others = (found for name, found in times.items() if name not in (OURS, "fp16") and not name.startswith("…"))
+        peers = [found[t] for found in others if t in found]
         return min(peers) / times[OURS][t] if peers and t in times[OURS] else None
 
     yield line("ours to the best peer", to_best)
