@@ -23,7 +23,7 @@ from aq_lightning.kernels.int4_matmul.workspace import counters
 from aq_lightning.kernels.packed import Operands
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
-_BLOCK = 16384  # columns of a token that a program quantizes at once
+_STRIP = 512  # columns that a warp reads at once: 16 bytes a thread from either half of a tile
 
 
 @triton.jit
@@ -70,28 +70,36 @@ def place(o_k, CHUNK: tl.constexpr, PER: tl.constexpr):
 @triton.jit
 def _quantize_kernel(
     x, codes, scale, K, WIDTH,
-    HALF: tl.constexpr, CHUNK: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    HALF: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, OVERLAP: tl.constexpr,
     FUSED: tl.constexpr,
 ):  # fmt: skip
-    """One token: its scale, and its integers from ``−HALF`` to ``HALF − 1`` in the order of the weight's bytes."""
+    """One token: its scale, and its integers from ``−HALF`` to ``HALF − 1`` in the order of the weight's bytes.
+
+    That order takes columns from either half of a tile, SIDE columns, in turns: a thread reads a run of each, keeps
+    them until the scale is known, and writes one run of bytes. Nothing is read twice or moves between threads.
+    """
     i_m = tl.program_id(0).to(tl.int64)
-    o = tl.arange(0, BLOCK)
+    o, o_p = tl.arange(0, BLOCK), tl.arange(0, 2 * BLOCK)
+    o_k = o // SIDE * (2 * SIDE) + o % SIDE
+    p_x, p_u = x + i_m * K, codes + i_m * WIDTH
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    b_max = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, K, BLOCK):
-        b_x = tl.load(x + i_m * K + begin + o, mask=begin + o < K, other=0.0).to(tl.float32)
-        b_max = larger(b_max, tl.abs(b_x))
-    b_s = step_of(greatest(b_max), HALF)
+    held = ()
+    for step in tl.static_range(STEPS):
+        o_x = step * 2 * BLOCK + o_k
+        held += (tl.load(p_x + o_x, mask=o_x < K, other=0.0),)
+        held += (tl.load(p_x + SIDE + o_x, mask=SIDE + o_x < K, other=0.0),)
+    b_max = tl.abs(held[0])
+    for i in tl.static_range(1, 2 * STEPS):
+        b_max = larger(b_max, tl.abs(held[i]))
+    b_s = step_of(greatest(b_max.to(tl.float32)), HALF)
     tl.store(scale + i_m, b_s)
-    for begin in range(0, WIDTH, BLOCK):
-        o_p = begin + o
-        o_e = o_p % (2 * CHUNK)
-        o_code = (o_e % 2) * PER + o_p // (2 * CHUNK) % PER
-        o_k = o_p // (2 * CHUNK * PER) * (2 * CHUNK * PER) + o_code * CHUNK + o_e // 2
-        b_x = tl.load(x + i_m * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        tl.store(codes + i_m * WIDTH + o_p, integers(b_x, b_s, -HALF, HALF - 1.0, FUSED), mask=o_p < WIDTH)
+    for step in tl.static_range(STEPS):
+        b_0 = integers(held[2 * step].to(tl.float32), b_s, -HALF, HALF - 1.0, FUSED)
+        b_1 = integers(held[2 * step + 1].to(tl.float32), b_s, -HALF, HALF - 1.0, FUSED)
+        b_u = tl.reshape(tl.join(b_0, b_1), (2 * BLOCK,))
+        tl.store(p_u + step * 2 * BLOCK + o_p, b_u, mask=step * 2 * BLOCK + o_p < WIDTH)
 
 
 @triton.constexpr_function
@@ -211,15 +219,23 @@ def width_of(columns: int, weight: Operands, config: Config) -> int:
     return triton.cdiv(columns, step) * step
 
 
+def warps_of(width: int) -> int:
+    """Warps that hold a token: few, so that little is padding and a processor has several tokens, but enough that each
+    thread keeps its share in registers."""
+    strips = triton.cdiv(width, _STRIP)
+    return min(triton.next_power_of_2(strips), 4 if strips <= 16 else 8 if strips <= 64 else 32)
+
+
 def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The activations' integers in the order of the weight's bytes, int8 (M, width), and scales, float32 (M)."""
     tokens, columns = x.shape
     codes, scale = x.new_empty(tokens, width, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
-    block = min(_BLOCK, triton.next_power_of_2(width))
+    warps = warps_of(width)
     _quantize_kernel[(tokens,)](
         x, codes, scale, columns, width,
-        HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4], PER=8 // weight.bits, BLOCK=block, OVERLAP=overlap,
-        FUSED=x.is_cuda, num_warps=8 if block <= 4096 else 16, **({"launch_pdl": True} if overlap else {}),
+        HALF=2 ** (bits - 1), SIDE=weight.span // 2, BLOCK=warps * _STRIP // 2,
+        STEPS=triton.cdiv(width, warps * _STRIP), OVERLAP=overlap, FUSED=x.is_cuda, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return codes, scale
 

@@ -81,17 +81,39 @@ def test_the_kernel_equals_the_plain_path(bits, columns, size, answer) -> None:
         assert_close(str(config), expected, answer(x, packed, activation_bits, bias, config), ROUNDING[dtype])
 
 
+WIDTHS = [(60, 2), (256, 4), (320, 2), (1300, 4), (4096, 4), (9216, 2)]
+"""Columns, and bits of the weight: of one warp and of several, in one step and in more, with and without padding."""
+
+
+@pytest.mark.parametrize(("columns", "weight_bits"), WIDTHS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_activations_become_the_same_integers(bits: int) -> None:
+def test_activations_become_the_same_integers(columns: int, weight_bits: int, bits: int) -> None:
     from aq_lightning.kernels.int4_int8_matmul import triton
 
-    weight = operands(random_weight(64, 256, 4, 128, False))
-    x = torch.randn(60, 256, device=DEVICE).half()  # of which each has an element on a rounding tie
+    weight = operands(random_weight(64, columns, weight_bits, None if columns % 32 else 32, False))
+    x = torch.randn(60 if columns < 300 else 6, columns, device=DEVICE).half()  # each with a number on a rounding tie
     x[1], x[2, 3] = 0.0, 60000.0
-    codes, scale = triton.quantize(x, bits, weight, 256)
+    with fresh_memory_is_nan():
+        codes, scale = triton.quantize(x, bits, weight, triton.width_of(columns, weight, Config(unroll=2)))
     expected, steps = naive.quantize(x, bits)
     assert torch.equal(scale[:, None], steps)
-    assert torch.equal(codes.sort(1).values, expected.sort(1).values)  # the order is the product's affair
+    assert torch.equal(codes, in_order(expected, weight, codes.shape[1]))
+
+
+def in_order(codes: Tensor, weight: Operands, width: int) -> Tensor:
+    """Integers in the order of the weight's bytes, zeros behind the last: byte ``2 c + h`` of code j is column
+    ``chunk · (h · per + j) + c`` of its tile."""
+    padded = torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
+    tiles = padded.unflatten(1, (-1, 2, 8 // weight.bits, weight.words.shape[4]))  # (M, tiles, h, j, c)
+    return tiles.permute(0, 1, 3, 4, 2).flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter
+def test_what_is_not_finite_stays_so_in_its_token(answer) -> None:
+    weight, x = operands(random_weight(70, 512, 4, 128, False)), torch.randn(5, 512, device=DEVICE).half()
+    x[1, 7], x[2, 500], x[3, 64] = float("nan"), float("inf"), float("-inf")
+    y = answer(x, weight, 8, None, Config(32, 8))
+    assert y.isfinite().all(1).tolist() == [True, False, False, False, True] and not y[1:4].isfinite().any()
 
 
 def test_the_same_bits_every_time(answer) -> None:
