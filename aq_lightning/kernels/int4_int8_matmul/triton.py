@@ -193,9 +193,7 @@ def _int4_int8_matmul_kernel(
             for code in tl.static_range(begin % CODES % PER, begin % CODES % PER + COUNT, WIDE):
                 b_bytes = tl.load(p_w + i_tile * (64 * BYTES))
                 b_x = tl.load(p_x + (i_span * PER + code) * BYTES, mask=(o_m < M)[None, :], other=0)
-                b_w = _operands(
-                    b_bytes, b_z, BITS, code, WIDE, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY
-                )
+                b_w = _operands(b_bytes, b_z, BITS, code, WIDE, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY)
                 b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
             b_y = b_sum if GROUP == 0 else b_y + b_sum.to(tl.float32) * b_s[:, None]
     b_y = b_y.to(tl.float32)

@@ -77,7 +77,12 @@ def test_the_kernel_equals_the_plain_path(bits, columns, size, answer) -> None:
     x, bias = torch.randn(5, columns, device=DEVICE).to(dtype), torch.randn(70, device=DEVICE).to(dtype)
     packed = operands(weight)
     expected = naive.int4_int8_matmul(x.float(), *packed, activation_bits, bias)
-    for config in (Config(32, 8), Config(64, 16, splits=2), Config(16, 8, unroll=2, warps=1), Config(32, 8, joined=True)):
+    for config in (
+        Config(32, 8),
+        Config(64, 16, splits=2),
+        Config(16, 8, unroll=2, warps=1),
+        Config(32, 8, joined=True),
+    ):
         assert_close(str(config), expected, answer(x, packed, activation_bits, bias, config), ROUNDING[dtype])
 
 
