@@ -213,7 +213,9 @@ def test_number_of_parameters(path: Path) -> None:
     code, whose arguments are flat."""
     for function in nodes(path, ast.FunctionDef):
         options = function.name == "__init__" and path.name in ("language_model.py", "windows.py")
-        flat = any(re.search("custom_op|register_fake|triton.jit", ast.unparse(d)) for d in function.decorator_list)
+        flat = any(
+            re.search("custom_op|^operator$|register_fake|triton.jit", ast.unparse(d)) for d in function.decorator_list
+        )
         assert options or flat or parameters(function) <= 7, f"{function.name} takes {parameters(function)}"
 
 

@@ -113,7 +113,7 @@ def test_the_operator_is_the_product_of_the_plain_paths() -> None:
 def test_torch_sees_one_operator() -> None:
     weight = Operands(*(t.cpu() for t in operands(random_weight(20, 96, 4, None, False))[:2]), 4)
     by = kronecker((6, 16), torch.float16, True, device=CPU)
-    arguments = (torch.randn(3, 96).half(), *by, *weight, 4, torch.randn(20))
+    arguments = (torch.randn(3, 96).half(), *weight, torch.randn(20), *by, 4)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.aq_lightning.kronecker_matmul, arguments, test_utils=tests)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
+from aq_lightning.kernels.dispatch import Compute, operator, planned
 from aq_lightning.kernels.int4_int8_matmul import naive
 from aq_lightning.kernels.int4_matmul import int4_matmul
 from aq_lightning.kernels.int4_matmul.config import Product, choose
@@ -15,7 +15,7 @@ IN_BYTES = (2, 4)
 """Widths of weight codes of which a byte holds several and whose distance from a zero point fits a byte."""
 
 
-@torch.library.custom_op("aq_lightning::int4_int8_matmul", mutates_args=())
+@operator
 def int4_int8_matmul(
     x: Tensor, words: Tensor, scales: Tensor, bits: int, activation_bits: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -39,23 +39,21 @@ def int4_int8_matmul(
     Raises:
         RequestError: a shape, dtype, device or width does not fit; the message names the fix.
     """
+    return _plan(x, words, scales, bits, bias, activation_bits)(x, words, scales, bias)
+
+
+@planned
+def _plan(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | None, activation_bits: int) -> Compute:
     expect(x, words, scales, bits, bias)
     if not 2 <= activation_bits <= 8:
         raise RequestError(f"Activations have 2 to 8 bits here, got {activation_bits}: use int4_matmul for 16.")
     if x.device.type != "cuda":
-        return naive.int4_int8_matmul(x, words, scales, bits, activation_bits, bias)
+        return lambda x, words, scales, bias: naive.int4_int8_matmul(x, words, scales, bits, activation_bits, bias)
     if bits not in IN_BYTES:
-        return int4_matmul(naive.fake_quantize(x, activation_bits), words, scales, bits, bias)
+        return lambda x, words, scales, bias: int4_matmul(
+            naive.fake_quantize(x, activation_bits), words, scales, bits, bias
+        )
     from aq_lightning.kernels.int4_int8_matmul import triton
 
-    rows, columns = scales.shape[1], x.shape[-1]
-    tokens = x.reshape(-1, columns).contiguous()
-    with torch.cuda.device(x.device):
-        config = choose(Product(tokens.shape[0], rows, columns, bits, 8), x.device)
-        y = triton.int4_int8_matmul(tokens, Operands(words, scales, bits), activation_bits, bias, config)
-    return y.view(*x.shape[:-1], rows)
-
-
-@int4_int8_matmul.register_fake
-def _(x, words, scales, bits, activation_bits, bias=None):
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+    config = choose(Product(x.shape[:-1].numel(), scales.shape[1], x.shape[-1], bits, 8), x.device)
+    return triton.plan(x, Operands(words, scales, bits), activation_bits, bias, config)

@@ -8,22 +8,27 @@ a row has one scale, over all columns; scales of the weight, then those of the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.fake_quantize.parts import divide
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
 from aq_lightning.kernels.int4_matmul.unpack import beside, common
-from aq_lightning.kernels.int4_matmul.workspace import counters
+from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even, below 2^22
 _STRIP = 512  # columns that a warp reads at once: 16 bytes a thread from either half of a tile
+
+Quantize = Callable[..., tuple[Tensor, Tensor]]
 
 
 @triton.jit
@@ -226,48 +231,74 @@ def warps_of(width: int) -> int:
 
 def quantize(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool = False) -> tuple[Tensor, Tensor]:
     """The activations' integers in the order of the weight's bytes, int8 (M, width), and scales, float32 (M)."""
-    tokens, columns = x.shape
-    codes, scale = x.new_empty(tokens, width, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
-    warps = warps_of(width)
-    _quantize_kernel[(tokens,)](
-        x, codes, scale, columns, width,
-        HALF=2 ** (bits - 1), SIDE=weight.span // 2, BLOCK=warps * _STRIP // 2,
-        STEPS=triton.cdiv(width, warps * _STRIP), OVERLAP=overlap, FUSED=x.is_cuda, num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
+    return quantizer(x, bits, weight, width, overlap)(x)
+
+
+def quantizer(x: Tensor, bits: int, weight: Operands, width: int, overlap: bool = False) -> Quantize:
+    """:func:`quantize` of what looks like x, (…, K)."""
+    tokens, columns, warps = x.shape[:-1].numel(), x.shape[-1], warps_of(width)
+    launch = Launch(
+        _quantize_kernel, (tokens,), (columns, width),
+        {"HALF": 2 ** (bits - 1), "SIDE": weight.span // 2, "BLOCK": warps * _STRIP // 2,
+         "STEPS": triton.cdiv(width, warps * _STRIP), "OVERLAP": overlap, "FUSED": x.is_cuda},
+        num_warps=warps, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
-    return codes, scale
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = x.new_empty(tokens, width, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
+        launch(x.contiguous(), codes, scale)
+        return codes, scale
+
+    return quantized
 
 
 def int4_int8_matmul(x: Tensor, weight: Operands, bits: int, bias: Tensor | None, config: Config) -> Tensor:
     """As :func:`naive.int4_int8_matmul`, with blocks of the given sizes.
 
     Args:
-        x: float16 or bfloat16 (M, K), contiguous.
+        x: float16 or bfloat16 (…, K).
         weight: the packed tensors, of 2 or 4 bits.
         bits: of the activations.
         bias: (N); None: none.
         config: how to cut the work; neither ``scaled`` nor ``dequantize`` matters.
     """
-    codes, scale = quantize(x, bits, weight, width_of(x.shape[1], weight, config), config.overlap)
-    return multiply(codes, scale, weight, bias, config, x)
+    return plan(x, weight, bits, bias, config)(x, weight.words, weight.scales, bias)
+
+
+def plan(x: Tensor, weight: Operands, bits: int, bias: Tensor | None, config: Config) -> Compute:
+    """:func:`int4_int8_matmul` of (x, words, scales, bias) that look like these."""
+    quantize = quantizer(x, bits, weight, width_of(x.shape[-1], weight, config), config.overlap)
+    multiply = multiplier(x, weight, bias, config)
+    return lambda x, words, scales, bias: multiply(*quantize(x), words, scales, bias)
 
 
 def multiply(codes: Tensor, scale: Tensor, weight: Operands, bias: Tensor | None, config: Config, x: Tensor) -> Tensor:
-    """The product of what :func:`quantize` made of x, (M, N) in the dtype of x."""
-    (tokens, columns), (groups, rows), chunk = x.shape, weight.scales.shape, weight.words.shape[4]
-    steps = triton.cdiv(codes.shape[1] // (config.unroll * weight.span), config.splits)
+    """The product of what :func:`quantize` made of x, (…, N) in the dtype of x."""
+    return multiplier(x, weight, bias, config)(codes, scale, weight.words, weight.scales, bias)
+
+
+def multiplier(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Compute:
+    """:func:`multiply` of (codes, scale, words, scales, bias) that look like these, made of what looks like x."""
+    columns, dtype, (groups, rows), chunk = x.shape[-1], x.dtype, weight.scales.shape, weight.words.shape[4]
+    tokens, shape, width = x.shape[:-1].numel(), (*x.shape[:-1], rows), width_of(columns, weight, config)
+    steps = triton.cdiv(width // (config.unroll * weight.span), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
-    y, partial, count = x.new_empty(tokens, rows), None, None
-    if config.splits > 1:
-        partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
-        count = counters(x.device, grid[0] * grid[1])
-    _int4_int8_matmul_kernel[grid](
-        codes, scale, weight.words.view(torch.int8), weight.scales, bias, y, partial, count,
-        tokens, rows, columns, codes.shape[1], weight.words.shape[1], steps, config.splits,
-        BITS=weight.bits, CHUNK=chunk, GROUP=0 if groups == 1 else columns // groups // chunk,
-        HAS_BIAS=bias is not None, R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1,
-        STAGES=config.stages, JOINED=config.joined, OVERLAP=config.overlap,
-        ASSEMBLY=x.is_cuda and torch.version.cuda is not None,
-        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
+    workspace = Workspace(grid, config.rows * config.tokens)
+    launch = Launch(
+        _int4_int8_matmul_kernel, grid,
+        (tokens, rows, columns, width, weight.words.shape[1], steps, config.splits),
+        {
+            "BITS": weight.bits, "CHUNK": chunk, "GROUP": 0 if groups == 1 else columns // groups // chunk,
+            "HAS_BIAS": bias is not None, "R": config.rows, "T": config.tokens, "UNROLL": config.unroll,
+            "SPLIT": config.splits > 1, "STAGES": config.stages, "JOINED": config.joined, "OVERLAP": config.overlap,
+            "ASSEMBLY": x.is_cuda and torch.version.cuda is not None,
+        },
+        **config.options,
     )  # fmt: skip
-    return y
+
+    def multiplied(codes: Tensor, scale: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        y = codes.new_empty(shape, dtype=dtype)
+        launch(codes, scale, words.view(torch.int8), scales, bias, y, *workspace.take(codes.device))
+        return y
+
+    return multiplied

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from aq_lightning.kernels.dispatch import Compute, operator, planned
 from aq_lightning.kernels.int4_matmul import naive
 from aq_lightning.kernels.int4_matmul.config import Product, choose
 from aq_lightning.kernels.packed import Operands, expect
 
 
-@torch.library.custom_op("aq_lightning::int4_matmul", mutates_args=())
+@operator
 def int4_matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """``y = x Ŵᵀ + b`` with Ŵ as a :class:`~aq_lightning.kernels.packed.PackedWeight` holds it.
 
@@ -28,18 +28,15 @@ def int4_matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tenso
     Raises:
         RequestError: a shape, dtype or device does not fit; the message names the fix.
     """
+    return _plan(x, words, scales, bits, bias)(x, words, scales, bias)
+
+
+@planned
+def _plan(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> Compute:
     expect(x, words, scales, bits, bias)
     if x.device.type != "cuda":
-        return naive.int4_matmul(x, words, scales, bits, bias)
+        return lambda x, words, scales, bias: naive.int4_matmul(x, words, scales, bits, bias)
     from aq_lightning.kernels.int4_matmul import triton
 
-    rows, columns = scales.shape[1], x.shape[-1]
-    tokens = x.reshape(-1, columns).contiguous()
-    with torch.cuda.device(x.device):
-        config = choose(Product(tokens.shape[0], rows, columns, bits), x.device)
-        return triton.int4_matmul(tokens, Operands(words, scales, bits), bias, config).view(*x.shape[:-1], rows)
-
-
-@int4_matmul.register_fake
-def _(x, words, scales, bits, bias=None):
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+    config = choose(Product(x.shape[:-1].numel(), scales.shape[1], x.shape[-1], bits), x.device)
+    return triton.plan(x, Operands(words, scales, bits), bias, config)

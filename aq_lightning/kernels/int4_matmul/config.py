@@ -42,6 +42,15 @@ class Config:
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What the compiler is told beside constants."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            **({"launch_pdl": True} if self.overlap else {}),
+        }
+
 
 @dataclass(frozen=True)
 class Product:

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.unpack import beside, common, operand, plane, start, together
-from aq_lightning.kernels.int4_matmul.workspace import counters
+from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands, tiling
 
 _JOINED = 4  # chunks of one product at most: their operands fill a quarter of a thread's registers
@@ -177,46 +178,67 @@ def _dequantize_kernel(
         tl.store(p_y + o_k, b_w.to(weight.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
 
 
-def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config, out: Tensor | None = None) -> Tensor:
+def int4_matmul(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Tensor:
     """As :func:`naive.int4_matmul`, with blocks of the given sizes.
 
     Args:
-        x: float16 or bfloat16 (M, K), contiguous.
+        x: float16 or bfloat16 (…, K).
         weight: the packed tensors.
         bias: (N); None: none.
         config: how to cut the work.
     """
-    (tokens, columns), rows = x.shape, weight.scales.shape[1]
+    return plan(x, weight, bias, config)(x, weight.words, weight.scales, bias)
+
+
+def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Compute:
+    """:func:`int4_matmul` of (x, words, scales, bias) that look like these."""
+    columns, (groups, rows) = x.shape[-1], weight.scales.shape
+    tokens, shape, constants = x.shape[:-1].numel(), (*x.shape[:-1], rows), _constants(weight, columns, x.dtype)
     if config.dequantize:
-        bias = bias if bias is None else bias.to(x)
-        return torch.nn.functional.linear(x, dequantize(weight, columns, x.dtype), bias)
+        write = _dequantize(weight, columns, constants)
+
+        def dequantized(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+            dense = x.new_empty(rows, columns)
+            write(words, scales, dense)
+            return torch.nn.functional.linear(x, dense, bias if bias is None else bias.to(x))
+
+        return dequantized
     step = config.unroll * weight.span
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
-    y, partial, count = x.new_empty(tokens, rows), None, None
-    if config.splits > 1:
-        partial = x.new_empty(grid[0] * grid[1] * config.splits * config.rows * config.tokens, dtype=torch.float32)
-        count = counters(x.device, grid[0] * grid[1])
-    _int4_matmul_kernel[grid](
-        x, weight.words, weight.scales, bias, y, partial, count,
-        tokens, rows, columns, weight.words.shape[1], steps, config.splits,
-        **_constants(weight, columns, x.dtype), HAS_BIAS=bias is not None, RAGGED=columns % step != 0,
-        R=config.rows, T=config.tokens, UNROLL=config.unroll, SPLIT=config.splits > 1, STAGES=config.stages,
-        SCALED=config.scaled and weight.scales.shape[0] > 1, JOINED=_JOINED if config.joined else 1,
-        OVERLAP=config.overlap,
-        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if config.overlap else {}),
+    workspace = Workspace(grid, config.rows * config.tokens)
+    launch = Launch(
+        _int4_matmul_kernel, grid,
+        (tokens, rows, columns, weight.words.shape[1], steps, config.splits),
+        {
+            **constants, "HAS_BIAS": bias is not None, "RAGGED": columns % step != 0,
+            "R": config.rows, "T": config.tokens, "UNROLL": config.unroll, "SPLIT": config.splits > 1,
+            "STAGES": config.stages, "SCALED": config.scaled and groups > 1, "OVERLAP": config.overlap,
+            "JOINED": _JOINED if config.joined else 1,
+        },
+        **config.options,
     )  # fmt: skip
-    return y
+
+    def multiplied(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(shape)
+        launch(x.contiguous(), words, scales, bias, y, *workspace.take(x.device))
+        return y
+
+    return multiplied
 
 
 def dequantize(weight: Operands, columns: int, dtype: torch.dtype) -> Tensor:
     """Ŵ, (N, K) in ``dtype``: the exact value rounded once."""
     out = torch.empty(weight.scales.shape[1], columns, dtype=dtype, device=weight.words.device)
-    down, across = weight.words.shape[:2]
-    _dequantize_kernel[(across, down)](
-        weight.words, weight.scales, out, *out.shape, across, **_constants(weight, columns, dtype),
-    )  # fmt: skip
+    _dequantize(weight, columns, _constants(weight, columns, dtype))(weight.words, weight.scales, out)
     return out
+
+
+def _dequantize(weight: Operands, columns: int, constants: dict[str, object]) -> Launch:
+    """Writes Ŵ: (words, scales, Ŵ)."""
+    down, across = weight.words.shape[:2]
+    numbers = weight.scales.shape[1], columns, across
+    return Launch(_dequantize_kernel, (across, down), numbers, constants)
 
 
 def _constants(weight: Operands, columns: int, dtype: torch.dtype) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Counters for blocks that add up what others computed: zero before and after every launch."""
+"""Where blocks leave sums that others add up, and counters for that: zero before and after every launch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SIZE = 1 << 20  # counters of a device, 4 MiB
+_TOGETHER = 4  # counters: every launch's begin at a multiple of 16 bytes, for which kernels are compiled
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class _Ring:
     turn: count = field(default_factory=count)
 
     def take(self, number: int) -> Tensor:
-        pages = _SIZE // number
-        place = next(self.turn) % pages
-        return self.tensor[place * number : (place + 1) * number]
+        apart = -(-number // _TOGETHER) * _TOGETHER
+        begin = next(self.turn) % (_SIZE // apart) * apart
+        return self.tensor[begin : begin + number]
 
 
 _RINGS: dict[torch.device, _Ring] = {}
@@ -33,11 +34,30 @@ def counters(device: torch.device, number: int) -> Tensor:
     While a CUDA graph is captured, a device without counters yet gets some that belong to the graph, since nothing may
     rely on a tensor that is only filled when the graph runs.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if number > _SIZE or (capturing and device not in _RINGS):
+    ring = _RINGS.get(device)
+    if number > _SIZE or (ring is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(number, dtype=torch.int32, device=device)
-    if device not in _RINGS:
-        _RINGS[device] = _Ring(torch.zeros(_SIZE, dtype=torch.int32, device=device))
+    if ring is None:
+        ring = _RINGS[device] = _Ring(torch.zeros(_SIZE, dtype=torch.int32, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # zero before any other stream looks
-    return _RINGS[device].take(number)
+    return ring.take(number)
+
+
+class Workspace:
+    """What blocks need that share a tile of the answer.
+
+    Args:
+        grid: blocks over tokens, over rows, and those that share a tile.
+        size: numbers of a tile.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], size: int) -> None:
+        self._tiles, self._shared = grid[0] * grid[1], grid[2] > 1
+        self._sums = self._tiles * grid[2] * size
+
+    def take(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Room for all sums, float32, and a counter of each tile, for one launch; None where no blocks share."""
+        if not self._shared:
+            return None, None
+        return torch.empty(self._sums, dtype=torch.float32, device=device), counters(device, self._tiles)

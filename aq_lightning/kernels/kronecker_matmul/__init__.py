@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
+from aq_lightning.kernels.dispatch import Compute, operator, planned
 from aq_lightning.kernels.int4_int8_matmul import IN_BYTES, int4_int8_matmul
 from aq_lightning.kernels.int4_matmul.config import Product, choose
 from aq_lightning.kernels.kronecker_matmul import naive
@@ -39,42 +41,43 @@ def kronecker_matmul(
     Raises:
         RequestError: a shape, dtype, device or width does not fit; the message names the fix.
     """
-    return _operator(x, *by, *weight, activation_bits, bias)
+    return _kronecker_matmul(x, *weight, bias, *by, activation_bits)
 
 
-@torch.library.custom_op("aq_lightning::kronecker_matmul", mutates_args=())
-def _operator(
+@operator
+def _kronecker_matmul(
     x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    clip: Tensor | None,
     words: Tensor,
     scales: Tensor,
     bits: int,
-    activation_bits: int,
     bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip: Tensor | None,
+    activation_bits: int,
 ) -> Tensor:
+    plan = _plan(x, words, scales, bits, bias, left, right, clip, activation_bits)
+    return plan(x, words, scales, bias, Kronecker(left, right, clip))
+
+
+@planned
+def _plan(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | None, *more: Any) -> Compute:
     expect(x, words, scales, bits, bias)
-    by = Kronecker(left, right, clip)
+    *matrices, activation_bits = more
+    by, weight = Kronecker(*matrices), Operands(words, scales, bits)
     _expect(x, by)
     if x.device.type != "cuda" or bits not in IN_BYTES or size(by) > LARGEST or not 2 <= activation_bits <= 8:
-        return int4_int8_matmul(naive.transformed(x, by), words, scales, bits, activation_bits, bias)
+        return lambda x, words, scales, bias, by: int4_int8_matmul(
+            naive.transformed(x, by), words, scales, bits, activation_bits, bias
+        )
     from aq_lightning.kernels.int4_int8_matmul import triton as product
     from aq_lightning.kernels.kronecker_matmul import triton
 
-    weight, rows, columns = Operands(words, scales, bits), scales.shape[1], x.shape[-1]
-    tokens = x.reshape(-1, columns).contiguous()
-    with torch.cuda.device(x.device):
-        config = choose(Product(tokens.shape[0], rows, columns, bits, 8), x.device)
-        width = product.width_of(columns, weight, config)
-        codes, scale = triton.quantize(tokens, by, activation_bits, weight, width, config.overlap)
-        y = product.multiply(codes, scale, weight, bias, config, tokens)
-    return y.view(*x.shape[:-1], rows)
-
-
-@_operator.register_fake
-def _(x, left, right, clip, words, scales, bits, activation_bits, bias):
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
+    config = choose(Product(x.shape[:-1].numel(), scales.shape[1], x.shape[-1], bits, 8), x.device)
+    width = product.width_of(x.shape[-1], weight, config)
+    quantize = triton.quantizer(x, by, activation_bits, weight, width, config.overlap)
+    multiply = product.multiplier(x, weight, bias, config)
+    return lambda x, words, scales, bias, by: multiply(*quantize(x, by), words, scales, bias)
 
 
 def size(by: Kronecker) -> int:

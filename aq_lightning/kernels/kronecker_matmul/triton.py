@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from aq_lightning.kernels.dispatch import Launch
 from aq_lightning.kernels.fake_quantize.parts import round_even
-from aq_lightning.kernels.int4_int8_matmul.triton import greatest, integers, larger, place, step_of
+from aq_lightning.kernels.int4_int8_matmul.triton import Quantize, greatest, integers, larger, place, step_of
 from aq_lightning.kernels.kronecker_matmul import padded
 from aq_lightning.kernels.kronecker_matmul.naive import Kronecker
 from aq_lightning.kernels.packed import Operands
@@ -97,25 +98,37 @@ def quantize(
     """The integers of the transformed tokens, int8 (M, width), in the order of the weight's bytes, and scales (M).
 
     Args:
-        x: float16 or bfloat16 (M, n₁ n₂), contiguous.
+        x: float16 or bfloat16 (…, n₁ n₂), of M tokens.
         by: the map, in the dtype of x.
         bits: of an integer.
         weight: in whose order.
         width: bytes of a token, zeros behind the last channel.
         overlap: whether it starts before the kernel ahead has ended; Hopper.
     """
-    tokens, sides = x.shape[0], (by.left.shape[0], by.right.shape[0])
+    return quantizer(x, by, bits, weight, width, overlap)(x, by)
+
+
+def quantizer(x: Tensor, by: Kronecker, bits: int, weight: Operands, width: int, overlap: bool = False) -> Quantize:
+    """:func:`quantize` of (x, by) that look like these."""
+    tokens, sides = x.shape[:-1].numel(), (by.left.shape[0], by.right.shape[0])
     rows, columns = padded(sides[0]), padded(sides[1])
     covered = columns == sides[1] and rows * columns >= width
-    codes = (torch.empty if covered else torch.zeros)(tokens, width, dtype=torch.int8, device=x.device)
-    scale = x.new_empty(tokens, dtype=torch.float32)
     steps, warps = max(1, triton.cdiv(tokens, _PROGRAMS)), 4 if rows * columns <= 4096 else 8
     # Stages and registers are such that two programs fit a processor.
-    _kronecker_quantize_kernel[(triton.cdiv(tokens, steps),)](
-        x, by.left.contiguous(), by.right.contiguous(), by.clip, codes, scale, tokens, steps, width,
-        N1=sides[0], N2=sides[1], R=rows, C=columns, HALF=2 ** (bits - 1), CHUNK=weight.words.shape[4],
-        PER=8 // weight.bits, HAS_CLIP=by.clip is not None, OVERLAP=overlap, FUSED=x.is_cuda,
-        STAGES=2 if rows * columns <= 8192 else 1, num_warps=warps, maxnreg=128 if warps == 8 else None,
-        **({"launch_pdl": True} if overlap else {}),
+    launch = Launch(
+        _kronecker_quantize_kernel, (triton.cdiv(tokens, steps),), (tokens, steps, width),
+        {
+            "N1": sides[0], "N2": sides[1], "R": rows, "C": columns, "HALF": 2 ** (bits - 1),
+            "CHUNK": weight.words.shape[4], "PER": 8 // weight.bits, "HAS_CLIP": by.clip is not None,
+            "OVERLAP": overlap, "FUSED": x.is_cuda, "STAGES": 2 if rows * columns <= 8192 else 1,
+        },
+        num_warps=warps, maxnreg=128 if warps == 8 else None, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
-    return codes, scale
+
+    def quantized(x: Tensor, by: Kronecker) -> tuple[Tensor, Tensor]:
+        codes = (x.new_empty if covered else x.new_zeros)((tokens, width), dtype=torch.int8)
+        scale = x.new_empty(tokens, dtype=torch.float32)
+        launch(x.contiguous(), by.left.contiguous(), by.right.contiguous(), by.clip, codes, scale)
+        return codes, scale
+
+    return quantized

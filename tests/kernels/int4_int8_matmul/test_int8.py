@@ -54,7 +54,7 @@ def test_torch_sees_one_operator() -> None:
     packed = Operands(*(t.cpu() for t in operands(random_weight(20, 64, 4, 32, False))[:2]), 4)
     tests = ("test_schema", "test_faketensor")
     arguments = (torch.randn(3, 64).half(), *packed, 8, torch.randn(20))
-    torch.library.opcheck(int4_int8_matmul, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.aq_lightning.int4_int8_matmul, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 16])

@@ -38,8 +38,10 @@ def test_torch_sees_one_operator(symmetric: bool) -> None:
     packed = PackedWeight.pack(random_weight(20, 64, 4, 32, symmetric))
     x = torch.randn(3, 64, dtype=torch.float16)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(int4_matmul, (x, *arguments(packed), torch.randn(20)), test_utils=tests)
-    torch.library.opcheck(int4_matmul, (x, *arguments(packed)), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.aq_lightning.int4_matmul, (x, *arguments(packed), torch.randn(20)), test_utils=tests
+    )
+    torch.library.opcheck(torch.ops.aq_lightning.int4_matmul, (x, *arguments(packed)), test_utils=tests)
 
 
 REFUSALS = {
