@@ -51,7 +51,7 @@ class Measured:
     batch: int
     prompt: int
     first_ms: float
-    """From the call to the first token on the host."""
+    """From the call to the first token on the host; the prompt's length has come before."""
     rate: float | None
     """Tokens per second behind the first, of all sequences together; None: not measured."""
     setup_s: float | None

@@ -22,9 +22,11 @@ class Graph:
     Args:
         work: enqueues the work and returns tensors, the same on every replay.
         warm_up: times it runs before it is recorded.
+        beside: whose memory it uses for what is needed during a replay alone, since neither runs while the other does;
+            None: its own.
     """
 
-    def __init__(self, work: Callable[[], Tensor | None], warm_up: int) -> None:
+    def __init__(self, work: Callable[[], Tensor | None], warm_up: int, beside: Graph | None = None) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -33,9 +35,9 @@ class Graph:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        before = generator.clone_state()
+        before, pool = generator.clone_state(), None if beside is None else beside._graph.pool()
         try:
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self.result = work()
         except RuntimeError:
             generator.graphsafe_set_state(before)  # which otherwise believes for ever that it is being recorded

@@ -1,7 +1,7 @@
 """Tokens from a model as fast as its device gives them: a static key–value cache, and every step recorded once.
 
-The prompt is read in one pass. Each further token is the same work on the same tensors, recorded as a CUDA graph; its
-token is put where the next step takes it, so that the host only reads along, one step behind.
+The prompt is read in one pass (:mod:`reading`). Each further token is the same work on the same tensors, recorded as a
+CUDA graph; its token is put where the next step takes it, so that the host only reads along, one step behind.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from aq_lightning.calibration.captured import Graph
+from aq_lightning.deploy.reading import Reader, reason
 from aq_lightning.errors import RequestError
 
 Way = Literal["plain", "recorded", "compiled"]
 """How steps run: each launched by the host; recorded once as a CUDA graph, for which a GPU is needed; or compiled and
-then recorded, which joins small kernels and takes up to a minute for a large model."""
+then recorded, which joins small kernels and takes up to a minute for a large model. With either of these, prompts are
+read by recorded passes too where their length comes again."""
 _WARM_UP = 2  # steps before recording, in which code is compiled: no more than an answer has that records at all
 
 
@@ -78,6 +80,7 @@ class Decoder:
         device = model.device
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._cache = Cache(layers=[StaticLayer(shape.length) for _ in range(layers)])
+        self._reader = Reader(model, self._cache, shape.batch, recording=way != "plain")
         self._token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
         self._mask = torch.ones(shape.batch, shape.length, dtype=torch.long, device=device)
@@ -108,20 +111,13 @@ class Decoder:
     def _read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Fills the cache from prompts; logits (batch, vocabulary) of the first token."""
         ids = ids.to(self._model.device)
-        self._cache.reset()
         self._position.fill_(ids.shape[1])
         self._mask.fill_(1)
-        positions = None
         if mask is not None:
             mask = mask.to(ids.device)
             self._mask[:, : ids.shape[1]] = mask
             self._position.copy_(mask.sum(-1, keepdim=True))
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        read = DynamicCache()  # attention over the prompt alone, not over all places of the static cache
-        answer = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=read, logits_to_keep=1)
-        for index, layer in enumerate(read.layers):
-            self._cache.update(layer.keys, layer.values, index)
-        return answer.logits[:, -1]
+        return self._reader.read(ids, mask)
 
     def _logits(self) -> Tensor:
         """(batch, vocabulary) behind the token at hand, whose keys and values enter the cache."""
@@ -141,8 +137,7 @@ class Decoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # of the compiler too
-            reason = str(error).strip().splitlines()[:1]
-            warnings.warn(f"steps cannot be recorded, and run one by one: {''.join(reason)}", stacklevel=2)
+            warnings.warn(f"steps cannot be recorded, and run one by one: {reason(error)}", stacklevel=2)
             step = self._logits
         for tensor, kept in zip(moving, before, strict=True):
             tensor.copy_(kept)  # what the warm-up wrote behind it in the cache is written over

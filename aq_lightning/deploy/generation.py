@@ -92,7 +92,7 @@ class Generator:
             torch.manual_seed(limits.seed)
         answers = [_Answer(self.tokenizer, self._ends, count) for _ in rows]
         decoder = self._decoder_of(len(rows), ids.shape[1] + count)
-        for tokens in decoder.stream(ids, mask if len(rows) > 1 else None, count, limits.sampling):
+        for tokens in decoder.stream(ids, None if mask.all() else mask, count, limits.sampling):
             yield [answer.take(token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
             if all(answer.ended for answer in answers):
                 break
