@@ -7,6 +7,8 @@ output it multiplies to the one linear that reads it, which multiplies and round
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,16 +27,16 @@ class Joint(nn.Module):
         super().__init__()
         self.linear = joined(linears)
         self.widths = [linear.out_features for linear in linears]
-        self._read: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
+        self._answer: list[Any] = []  # what was read, and the outputs; a module's own attributes take longer to set
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """Output of the layer number ``index``, (…, its width), for x (…, K)."""
-        if self._read is not x:
-            self._read, self._parts = x, self.linear(x).split(self.widths, -1)
-        part = self._parts[index]
+        answer = self._answer
+        if not answer or answer[0] is not x:
+            answer[:] = x, self.linear(x).split(self.widths, -1)
+        part = answer[1][index]
         if index == len(self.widths) - 1:
-            self._read, self._parts = None, ()
+            answer.clear()
         return part
 
 
