@@ -5,6 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+import torch
+from torch import Tensor
+
 from aq_lightning.calibration.checkpoint import RunDirectory
 from aq_lightning.calibration.streams import Streams
 
@@ -23,6 +26,7 @@ class Keeper:
         self.journal = journal
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._writing: tuple[int, Future[None]] | None = None
+        self._copies: dict[str, Tensor] = {}
 
     def __enter__(self) -> Keeper:
         return self
@@ -37,8 +41,15 @@ class Keeper:
     def keep(self, block: int, streams: Streams) -> None:
         """Begins to write the streams that enter the window that starts at ``block``; a GPU's are copied first."""
         self.finish()
-        copies = Streams(full=streams.full.cpu(), quantized=streams.quantized.cpu())
+        pair = {"full": streams.full, "quantized": streams.quantized}
+        copies = Streams(**{name: x if x.device.type == "cpu" else self.copied(name, x) for name, x in pair.items()})
         self._writing = block, self._thread.submit(self.journal.write_streams, block, copies)
+
+    def copied(self, name: str, stream: Tensor) -> Tensor:
+        """A GPU's stream in memory of the host, the same for all pairs: new pages would take longer than the copy."""
+        if name not in self._copies or self._copies[name].shape != stream.shape:
+            self._copies[name] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=stream.is_cuda)
+        return self._copies[name].copy_(stream)
 
     def finish(self) -> None:
         """Waits for the pair that is being written, and removes the one before.

@@ -183,6 +183,16 @@ def test_streams_are_written_while_the_window_is_at_work(run: RunDirectory, monk
     assert not list((run.path / "streams").iterdir())
 
 
+def test_streams_of_a_gpu_are_copied_to_the_same_memory(run: RunDirectory) -> None:
+    with Keeper(run) as keeper:
+        first = keeper.copied("full", torch.ones(2, 3))
+        again = keeper.copied("full", torch.full((2, 3), 2.0))
+        assert again.data_ptr() == first.data_ptr() and torch.equal(again, torch.full((2, 3), 2.0))
+        other = keeper.copied("quantized", torch.zeros(2, 3))
+        assert other.data_ptr() != first.data_ptr() and torch.equal(again, torch.full((2, 3), 2.0))
+        assert keeper.copied("full", torch.zeros(4, 3)).shape == (4, 3)
+
+
 def test_damaged_result_is_removed(run: RunDirectory) -> None:
     for damage in (True, False):
         run.checkpoint.mkdir()
