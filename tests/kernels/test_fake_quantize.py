@@ -97,6 +97,15 @@ def test_groups_of_zeros_and_of_one_sign_stay_finite(width: int) -> None:
         assert_close("result", a, b, 1e-4)
 
 
+def test_more_equal_ends_than_small_numbers_count() -> None:
+    tensors = inputs(2, 10000, 1, torch.float32, True, False, True, False)
+    with torch.no_grad():
+        tensors[0][0], tensors[0][1, :5000] = 0.5, -9.0
+    (plain, wanted), (fused, got) = both(tensors, Grid(4, 10000), torch.float16, True, torch.float32)
+    for a, b in zip([*plain, *wanted], [*fused, *got], strict=True):
+        assert_close("result", a, b, 1e-4)
+
+
 @pytest.mark.parametrize("bits, symmetric", [(2, False), (3, True), (4, False), (8, False)])
 @pytest.mark.parametrize("rounding_only", [False, True])
 @pytest.mark.parametrize("absent", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1), (0, 0, 0)])

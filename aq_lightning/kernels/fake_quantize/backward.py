@@ -64,8 +64,15 @@ def _known(found, o_range, m_row, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _counts(b_ties):
+    """How many weights are least and how many greatest, of sums of 1 for the former and 4096 for the latter."""
+    b_at_max = tl.floor(b_ties * (1 / 4096))
+    return b_ties - b_at_max * 4096, b_at_max
+
+
+@triton.jit
 def _ends(
-    low, high, d_low, d_high, o_range, m_row, b_ds, b_dz, b_ties, b_min, b_max, b_s, b_y, b_ok, b_zr,
+    low, high, d_low, d_high, o_range, m_row, b_ds, b_dz, b_at_min, b_at_max, b_min, b_max, b_s, b_y, b_ok, b_zr,
     LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """What each of the least and each of the greatest weights of a group receives, [R]; stores the fractions'
@@ -73,10 +80,8 @@ def _ends(
 
     Args:
         b_ds, b_dz: sums over a group for its scale and, without the factor −s, its zero.
-        b_ties: how many are least, and 4096 times how many are greatest.
+        b_at_min, b_at_max: how many are least and greatest.
     """
-    b_at_max = tl.floor(b_ties * (1 / 4096))
-    b_at_min = b_ties - b_at_max * 4096
     b_a = tl.load(low + o_range, mask=m_row, other=1.0)
     b_b = tl.load(high + o_range, mask=m_row, other=1.0)
     b_dlo, b_dhi = _ends_gradient(b_ds, -b_s * b_dz, b_min * b_a, b_max * b_b, b_y, b_ok, b_zr, LEVELS, SYMMETRIC)
@@ -129,9 +134,10 @@ def _fake_quantize_bwd_kernel(
         b_tie = tl.where(b_w == b_min[:, None], 1.0, 0.0) + tl.where(b_w == b_max[:, None], 4096.0, 0.0)
         b_ties = tl.sum(b_tie if EVEN else tl.where(m, b_tie, 0.0), axis=1)
         if WHOLE:
+            b_at_min, b_at_max = _counts(b_ties)
             b_dmin, b_dmax = _ends(
-                low, high, d_low, d_high, o_range, m_row, b_ds, b_dz, b_ties, b_min, b_max, b_s, b_y, b_ok, b_zr,
-                LEVELS, SYMMETRIC,
+                low, high, d_low, d_high, o_range, m_row, b_ds, b_dz, b_at_min, b_at_max, b_min, b_max, b_s, b_y, b_ok,
+                b_zr, LEVELS, SYMMETRIC,
             )  # fmt: skip
             b_dw += _at_ends(b_w, b_min, b_max, b_dmin, b_dmax)
         else:
@@ -165,11 +171,13 @@ def _ends_kernel(
     m_sums = m[:, None] & (o_span < spans)[None, :]
     b_ds = tl.sum(tl.load(p_sums, mask=m_sums, other=0.0), axis=1)
     b_dz = tl.sum(tl.load(p_sums + 1, mask=m_sums, other=0.0), axis=1)
-    b_ties = tl.sum(tl.load(p_sums + 2, mask=m_sums, other=0.0), axis=1)
+    b_at_min, b_at_max = _counts(tl.load(p_sums + 2, mask=m_sums, other=0.0))  # of a span each: exact
+    b_at_min, b_at_max = tl.sum(b_at_min, axis=1), tl.sum(b_at_max, axis=1)
     b_min, b_max, b_s, b_y, b_ok, b_zr, b_z = _known(found, o, m, LEVELS)
     b_dmin, b_dmax = _ends(
-        low, high, d_low, d_high, o, m, b_ds, b_dz, b_ties, b_min, b_max, b_s, b_y, b_ok, b_zr, LEVELS, SYMMETRIC
-    )
+        low, high, d_low, d_high, o, m, b_ds, b_dz, b_at_min, b_at_max, b_min, b_max, b_s, b_y, b_ok, b_zr,
+        LEVELS, SYMMETRIC,
+    )  # fmt: skip
     tl.store(d_ends + o * 2, b_dmin, mask=m)
     tl.store(d_ends + o * 2 + 1, b_dmax, mask=m)
 
