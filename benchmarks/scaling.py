@@ -87,7 +87,7 @@ class Command:
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-        self.log, self.began, self.peaks = log, time.monotonic(), {}
+        self.log, self.began, self.clock, self.peaks = log, time.monotonic(), time.time(), {}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *arguments], cwd=ROOT, env=environment, stdout=output,
@@ -134,7 +134,7 @@ class Command:
                 self.kill()
                 raise RuntimeError(f"no {file.name} of the last block: {self.log.read_text()[-3000:]}")
             time.sleep(0.05)
-        seconds = time.monotonic() - self.began
+        seconds = file.stat().st_mtime - self.clock  # not now: others may have been waited for
         self.kill()
         return seconds
 

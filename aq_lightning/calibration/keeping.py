@@ -47,9 +47,10 @@ class Keeper:
 
     def copied(self, name: str, stream: Tensor) -> Tensor:
         """A GPU's stream in memory of the host, the same for all pairs: new pages would take longer than the copy."""
-        if name not in self._copies or self._copies[name].shape != stream.shape:
-            self._copies[name] = torch.empty(stream.shape, dtype=stream.dtype, pin_memory=stream.is_cuda)
-        return self._copies[name].copy_(stream)
+        copy = self._copies.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (stream.shape, stream.dtype):
+            copy = self._copies[name] = torch.empty(stream.shape, dtype=stream.dtype)
+        return copy.copy_(stream)
 
     def finish(self) -> None:
         """Waits for the pair that is being written, and removes the one before.

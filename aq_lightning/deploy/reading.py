@@ -6,15 +6,15 @@ of 64 tokens. Nothing is lost by that. No token attends to those behind it; pads
 that no position is new to the model; and what they leave in the cache lies behind the prompt, where every step writes
 before it reads.
 
-A length is recorded when it comes the second time, for a recording takes as long as two passes. The lengths that come
-again first are kept, a few, and none gives way to another: lengths that take turns would be recorded for ever. Passes
-are so short that the host matters, and their graphs share one memory. Compiled code would need no padding, but a minute
-for a large model, for a gain over a graph that a long prompt does not see.
+A length is recorded when it comes the second time, for a recording takes as long as two passes; the first time it is
+padded as well, so that the same prompt is read by the same kernels. The lengths that come again first are kept, a few,
+and none gives way to another: lengths that take turns would be recorded for ever. Their graphs share one memory.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,11 +67,29 @@ class Reader:
             ids: prompts (batch, tokens), on the model's device.
             mask: (batch, tokens), 0 where a shorter prompt is padded on the left; None: nowhere.
         """
-        recorded = self._recorded(ids) if mask is None else None
-        if recorded is not None:
-            return recorded.replay()
-        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-        return self._pass(ids, mask, positions, 1)
+        (batch, tokens), longest = ids.shape, self._ids.shape[1]
+        width = min(-(-tokens // _STEP) * _STEP, longest)
+        if mask is not None or not self._recording or batch * width > _LONGEST:
+            positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+            return self._plainly(lambda: self._pass(ids, mask, positions, 1))
+        self._ids[:, :tokens] = ids
+        self._last.fill_(tokens - 1)
+        if width in self._seen and width not in self._passes and len(self._passes) < _KEPT:
+            self._record(width)
+        self._seen.add(width)
+        recorded = self._passes.get(width)
+        return self._plainly(lambda: self._padded(width)) if recorded is None else recorded.replay()
+
+    def _plainly(self, work: Callable[[], Tensor]) -> Tensor:
+        """A pass that is not recorded; if memory runs out, recordings give theirs back."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self._passes:
+                raise
+            self._passes.clear()
+            self._recording = False
+        return work()
 
     def _pass(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, keep: int | Tensor) -> Tensor:
         self._cache.reset()
@@ -89,21 +107,6 @@ class Reader:
         for layer in self._cache.layers:
             layer.cumulative_length.copy_(tokens)
         return logits
-
-    def _recorded(self, ids: Tensor) -> Graph | None:
-        """The recorded pass for such prompts, if there is one or should be, and the prompts where it reads them."""
-        batch, tokens = ids.shape
-        width = min(-(-tokens // _STEP) * _STEP, self._ids.shape[1])
-        again = width in self._seen
-        self._seen.add(width)
-        wanted = self._recording and again and len(self._passes) < _KEPT and batch * width <= _LONGEST
-        if width not in self._passes and not wanted:
-            return None
-        self._ids[:, :tokens] = ids
-        self._last.fill_(tokens - 1)
-        if width not in self._passes:
-            self._record(width)
-        return self._passes.get(width)
 
     def _record(self, width: int) -> None:
         beside = next(iter(self._passes.values()), None)

@@ -48,8 +48,8 @@ def operator(compute: Compute) -> Compute:
     overload = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
 
     @wraps(compute)
-    def call(*operands: Any) -> Tensor:
-        y = overload(*operands)
+    def call(*operands: Any, **named: Any) -> Tensor:
+        y = overload(*operands, **named)
         return _Final.apply(y) if y.requires_grad else y
 
     return call
@@ -87,7 +87,9 @@ def planned(make: Callable[..., Compute]) -> Callable[..., Compute]:
 
 def _look(operand: Any) -> Any:
     """What a plan may know of an operand."""
-    return (operand.shape, operand.dtype, operand.device) if isinstance(operand, Tensor) else operand
+    if not isinstance(operand, Tensor):
+        return operand
+    return operand.shape, operand.dtype, operand.device, operand.is_contiguous()
 
 
 class Launch:

@@ -33,9 +33,10 @@ _WRONG = 1e-2  # relative error at which a configuration does not count: roundin
 def candidates(product: Product) -> list[Config]:
     """Configurations worth measuring for a product."""
     found = [
-        Config(rows, tokens, unroll, splits, stages, warps, scaled, joined=warps % 4 == 0)
+        Config(rows, tokens, unroll, splits, stages, warps, scaled, joined=joined)
         for tokens, blocks, depths, scalings in _kinds(product.tokens)
         for (rows, warps), (unroll, stages), scaled in combinations(blocks, depths, scalings)
+        for joined in ((True, False) if warps % 4 == 0 else (False,))
         for splits in (1, 2, 3, 4, 6, 8)
         if _sensible(product, rows, tokens, unroll, splits, warps)
     ]
@@ -49,8 +50,7 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[tuple
     """Tokens of a block → (rows, warps), (unroll, stages) and scalings that go with them.
 
     What is left out compiles, on Hopper, to a quarter more instructions for each weight than another number of warps
-    for the same rows (few tokens), or keeps registers in memory. Warps that come in fours multiply in the tensor cores'
-    own time, and chunks are joined for them; others are quicker without.
+    for the same rows (few tokens), or keeps registers in memory.
     """
     deep, even, shallow = [(1, 4), (1, 6), (2, 4)], [(1, 3), (1, 4)], [(1, 2), (1, 3), (1, 4)]
     if tokens <= 16:

@@ -73,7 +73,7 @@ def test_tokens_of_every_kind_of_model(name: str, passes: list[Replayed]) -> Non
     assert [each.replays for each in passes] == [9, 5, 1]  # of 9 to 12, to 4, and 28, which come twice each above
 
 
-def test_the_first_of_a_length_and_padded_prompts_are_read_plainly(passes: list[Replayed]) -> None:
+def test_the_first_of_a_length_and_padded_prompts_are_not_recorded(passes: list[Replayed]) -> None:
     plain, recorded = decoders(tiny_llama())
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, :3] = 0
@@ -86,6 +86,39 @@ def test_the_first_of_a_length_and_padded_prompts_are_read_plainly(passes: list[
     for _ in range(3):
         answer(plain, prompt(8))
     assert len(passes) == 1
+
+
+@torch.no_grad()
+def test_a_prompt_has_the_same_shape_the_first_time(passes: list[Replayed]) -> None:
+    """So that it is read by the same kernels, and answered alike."""
+    model, widths = tiny_llama(), []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    _, recorded = decoders(model)
+    ids = prompt(6)
+    first = recorded._read(ids, None).clone()
+    assert torch.equal(recorded._read(ids, None), first)
+    assert set(widths) == {8} and len(passes) == 1
+
+
+@torch.no_grad()
+def test_recordings_give_their_memory_to_what_needs_it(passes: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, recorded = decoders(tiny_llama())
+    for _ in range(2):
+        answer(recorded, prompt(8))
+    through, left = reading.Reader._pass, [1]
+
+    def short(self: reading.Reader, *arguments: object) -> Tensor:
+        if left.pop() if left else False:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return through(self, *arguments)
+
+    monkeypatch.setattr(reading.Reader, "_pass", short)
+    ids = prompt(15)
+    assert torch.equal(answer(recorded, ids), answer(plain, ids))
+    assert not recorded._reader._passes
+    left.append(1)
+    with pytest.raises(torch.OutOfMemoryError):
+        answer(recorded, prompt(8))
 
 
 def test_few_and_short_passes_are_kept(passes: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:

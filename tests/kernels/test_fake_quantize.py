@@ -48,6 +48,7 @@ def both(tensors, grid: Grid, storage: torch.dtype, rounding_only: bool, dtype: 
 
 KINDS = [(2, False), (3, True), (4, False), (4, True), (8, False)]  # bits, symmetry
 SHAPES = [(5, 48, 3), (70, 64, 1), (33, 96, 1), (130, 128, 2), (18, 300, 1), (19, 1100, 1), (17, 2048, 2)]
+SHAPES += [(130, 64, 8), (70, 1100, 1)]
 
 
 @pytest.mark.parametrize("turn", range(4))

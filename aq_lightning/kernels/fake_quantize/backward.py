@@ -17,7 +17,7 @@ from aq_lightning.kernels.fake_quantize.parts import codes, constants, load, loa
 _WHOLE = 512  # columns up to which a program holds whole groups
 _SPAN = 128  # columns that it holds of a greater group
 _HELD = 1024  # elements that it then holds at once
-_CHUNK = 64  # rows that it then visits, so that sums over rows stay few
+_CHUNK = 64  # rows that it visits at least, so that sums over rows stay few
 _ROWS = 32  # groups whose spans a program adds up
 _WARPS = 4
 
@@ -228,8 +228,9 @@ def backward(request: Request, found: Tensor, d_rounded: Tensor, d_gain: Tensor,
     (height, width), groups = value.shape, low.shape[1]
     size = width // groups
     C = triton.next_power_of_2(size) if size <= _WHOLE else _SPAN
-    spans = triton.cdiv(size, C)
-    chunks = triton.cdiv(height, _CHUNK)
+    spans, R = triton.cdiv(size, C), max(1, _HELD // C)
+    chunk = max(R, _CHUNK)
+    chunks = triton.cdiv(height, chunk)
     d_value = low.new_empty((height, width) if needs_value else (0,))
     d_rows = low.new_empty((0,) if rows is None else (height, groups * spans))
     d_columns = low.new_empty((0,) if columns is None else (chunks, width))
@@ -237,8 +238,8 @@ def backward(request: Request, found: Tensor, d_rounded: Tensor, d_gain: Tensor,
     d_offset = low.new_empty((0,) if offset is None else (height, width))
     d_low, d_high = torch.empty_like(low), torch.empty_like(high)
     sums = low.new_empty((0,) if spans == 1 else (height, groups * spans, 3))
-    grid, sizes, known = (chunks, groups * spans), (height, width, size, groups, spans, _CHUNK), constants(request)
-    cut = {"NEEDS_VALUE": needs_value, "EVEN": size % C == 0, "R": max(1, _HELD // C), "C": C, "num_warps": _WARPS}
+    grid, sizes, known = (chunks, groups * spans), (height, width, size, groups, spans, chunk), constants(request)
+    cut = {"NEEDS_VALUE": needs_value, "EVEN": size % C == 0, "R": R, "C": C, "num_warps": _WARPS}
     _fake_quantize_bwd_kernel[grid](
         value, rows, columns, low, high, direction, offset, found, d_rounded.contiguous(), d_gain.contiguous(),
         d_value, d_rows, d_columns, d_low, d_high, d_direction, d_offset, sums, *sizes,

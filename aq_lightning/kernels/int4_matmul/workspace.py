@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +11,16 @@ _SIZE = 1 << 20  # counters of a device, 4 MiB
 _TOGETHER = 4  # counters: every launch's begin at a multiple of 16 bytes, for which kernels are compiled
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ring:
-    """Launches take turns through one tensor, so that those in flight on several streams share no counter."""
+    """Launches take what follows in one tensor, so that those in flight on several streams share no counter."""
 
     tensor: Tensor
-    turn: count = field(default_factory=count)
+    place: int = 0
 
     def take(self, number: int) -> Tensor:
-        apart = -(-number // _TOGETHER) * _TOGETHER
-        begin = next(self.turn) % (_SIZE // apart) * apart
+        begin = self.place if self.place + number <= _SIZE else 0
+        self.place = begin + -(-number // _TOGETHER) * _TOGETHER
         return self.tensor[begin : begin + number]
 
 

@@ -79,15 +79,29 @@ def test_every_block_size_gives_the_same_product(config, shape, answer) -> None:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_width_of_codes(bits, scaled, answer) -> None:
-    """Each in groups, scaled before the product and behind it, and per channel; dtypes, symmetry and whether chunks are
-    joined take turns."""
-    dtype, config = HALVES[(bits + scaled) % len(HALVES)], Config(32, 8, scaled=scaled, joined=bits % 3 == 0 or scaled)
+    """Each in groups, scaled before the product and behind it, and per channel; dtypes and symmetry take turns."""
+    dtype, config = HALVES[(bits + scaled) % len(HALVES)], Config(32, 8, scaled=scaled)
     for columns, size in ((544, 32),) if scaled else ((544, 32), (300, None)):
         weight = random_weight(70, columns, bits, size, bool(bits // 2 % 2), dtype)
         x, _ = inputs(3, weight, dtype)
         packed = operands(weight)
         expected = naive.int4_matmul(x.float(), *packed)
         assert_close(f"{columns}", expected, answer(x, packed, None, config), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize(("bits", "config"), [
+    (2, Config(64, 16, joined=True)),
+    (3, Config(32, 8, joined=True)),
+    (4, Config(32, 8, unroll=2, scaled=True, joined=True)),
+    (8, Config(32, 8, unroll=2, joined=True)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("size", [128, None])
+def test_joined_chunks_of_one_tile_and_of_two(bits, config, size, answer) -> None:
+    weight = random_weight(70, 384, bits, size, False, torch.float16)
+    x, _ = inputs(3, weight, torch.float16)
+    packed = operands(weight)
+    expected = naive.int4_matmul(x.float(), *packed)
+    assert_close("y", expected, answer(x, packed, None, config), ROUNDING[torch.float16])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
