@@ -53,11 +53,11 @@ def test_rounding_is_learnt_with_the_products(fit: Callable[..., Path], tmp_path
     losses = []
     for rate in (0.02, 0.0):
         run = fit(
-            "w4a4", tmp_path / str(rate), "--trainer.max_epochs=12", f"--model.learning_rates.rounding={rate}",
+            "w3a8", tmp_path / str(rate), "--trainer.max_epochs=12", f"--model.learning_rates.rounding={rate}",
             config=CONFIG,
         )  # fmt: skip
         losses.append(json.loads((run / "results.json").read_text())["blocks"][0]["loss"])
-    assert losses[0] < 0.97 * losses[1]
+    assert losses[0] < 0.9 * losses[1]
 
 
 def test_products_are_stored(run: Path) -> None:

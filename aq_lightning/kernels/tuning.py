@@ -92,10 +92,11 @@ def calls(product: Product, x: Tensor, weights: Sequence[Operands], config: Conf
         from aq_lightning.kernels.int4_matmul import triton
 
         return [lambda weight=weight: triton.int4_matmul(x, weight, None, config) for weight in weights]
+    from aq_lightning.kernels.int4_int8_matmul import rounding
     from aq_lightning.kernels.int4_int8_matmul import triton as integer
 
     width = integer.width_of(x.shape[1], weights[0], config)
-    codes, scale = integer.quantize(x, product.activation_bits, weights[0], width)
+    codes, scale = rounding.quantize(x, product.activation_bits, weights[0], width)
     return [lambda weight=weight: integer.multiply(codes, scale, weight, None, config, x) for weight in weights]
 
 

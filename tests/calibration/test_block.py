@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, tiny_llama, with_true_norms
+from helpers import assert_close, relative_error, tiny_llama, with_true_norms
 from torch import Tensor
 
 from aq_lightning.calibration import BlockCalibration, Pairs, Position, Share, attach, observed
@@ -161,7 +161,8 @@ def test_compiled_steps_are_the_plain_ones_and_shared_between_blocks(transforms:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_code_of_another_scheme_is_not_taken() -> None:
-    """The same block without and then with quantized activations, whose hooks compiled code must see."""
+    """The same block without and then with quantized activations, whose hooks compiled code must see. An activation on
+    an edge of its grid may fall to either side."""
     model = with_true_norms(tiny_llama().double())
     hidden = torch.randn(2, 16, 64, dtype=torch.float64)
     others = [{"position_embeddings": model.model.rotary_emb(hidden, torch.arange(16)[None])}]
@@ -176,6 +177,6 @@ def test_compiled_code_of_another_scheme_is_not_taken() -> None:
                 )(hidden)
                 for compiled in (False, True)
             )
-        assert_close(name, plain, fast, 1e-9)
+        assert_close(name, plain, fast, 1e-9 if scheme.activation is None else 4e-3)
         answers.append(fast)
-    assert not torch.allclose(*answers, rtol=1e-3)
+    assert relative_error(*answers) > 6e-3

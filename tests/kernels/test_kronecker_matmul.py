@@ -9,7 +9,7 @@ from quantized import DEVICE, HALVES, fresh_memory_is_nan, operands, random_weig
 from torch import Tensor
 
 from aq_lightning.errors import RequestError
-from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul
+from aq_lightning.kernels.int4_int8_matmul import int4_int8_matmul, rounding
 from aq_lightning.kernels.int4_int8_matmul import triton as product
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.kronecker_matmul import LARGEST, Kronecker, kronecker_matmul, naive, size
@@ -54,7 +54,7 @@ def test_whole_numbers_become_the_same_integers(sides: tuple[int, int], clip: bo
     by = kronecker(sides, dtype, clip, whole=True)
     for config in (Config(), Config(unroll=2)):
         width = product.width_of(x.shape[1], weight, config)
-        codes, scale = product.quantize(naive.transformed(x, by), activation_bits, weight, width)
+        codes, scale = rounding.quantize(naive.transformed(x, by), activation_bits, weight, width)
         found = quantize(x, by, activation_bits, weight, config)
         assert codes.any() and torch.equal(found[1], scale) and torch.equal(found[0], codes)
 
@@ -68,7 +68,7 @@ def test_the_kernel_equals_the_plain_path(sides: tuple[int, int]) -> None:
     x = torch.randn(7, channels(sides), device=DEVICE).to(dtype)
     by = kronecker(sides, dtype, turn % 3 > 0)
     codes, scale = quantize(x, by, 8, weight, Config())
-    expected, steps = product.quantize(naive.transformed(x, by), 8, weight, codes.shape[1])
+    expected, steps = rounding.quantize(naive.transformed(x, by), 8, weight, codes.shape[1])
     assert_close("scales", steps, scale, torch.finfo(dtype).eps)
     distance = (codes.int() - expected.int()).abs()
     assert distance.max() <= (1 if dtype == torch.float16 else 2) and (distance > 0).float().mean() < 0.05

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,17 +9,17 @@ _SIZE = 1 << 20  # counters of a device, 4 MiB
 _TOGETHER = 4  # counters: every launch's begin at a multiple of 16 bytes, for which kernels are compiled
 
 
-@dataclass
 class _Ring:
     """Launches take what follows in one tensor, so that those in flight on several streams share no counter."""
 
-    tensor: Tensor
-    place: int = 0
+    def __init__(self, device: torch.device) -> None:
+        self._counters = torch.zeros(_SIZE, dtype=torch.int32, device=device)
+        self._place = 0
 
     def take(self, number: int) -> Tensor:
-        begin = self.place if self.place + number <= _SIZE else 0
-        self.place = begin + -(-number // _TOGETHER) * _TOGETHER
-        return self.tensor[begin : begin + number]
+        begin = self._place if self._place + number <= _SIZE else 0
+        self._place = begin + -(-number // _TOGETHER) * _TOGETHER
+        return self._counters[begin : begin + number]
 
 
 _RINGS: dict[torch.device, _Ring] = {}
@@ -37,7 +35,7 @@ def counters(device: torch.device, number: int) -> Tensor:
     if number > _SIZE or (ring is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(number, dtype=torch.int32, device=device)
     if ring is None:
-        ring = _RINGS[device] = _Ring(torch.zeros(_SIZE, dtype=torch.int32, device=device))
+        ring = _RINGS[device] = _Ring(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # zero before any other stream looks
     return ring.take(number)

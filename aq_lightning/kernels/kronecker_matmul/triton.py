@@ -2,7 +2,7 @@
 
 A token is a matrix X of n₁ rows, ``leftᵀ X right`` two products on tensor cores with sizes padded to powers of two.
 What comes between the products, and the result, are rounded to the dtype of x as the plain path rounds them; they stay
-on the chip. Its integers leave in the order of the weight's bytes (:mod:`int4_int8_matmul.triton`).
+on the chip. Its integers leave in the order of the weight's bytes (:mod:`int4_int8_matmul.rounding`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from aq_lightning.kernels.dispatch import Launch
 from aq_lightning.kernels.fake_quantize.parts import round_even
-from aq_lightning.kernels.int4_int8_matmul.triton import Quantize, greatest, integers, larger, place, step_of
+from aq_lightning.kernels.int4_int8_matmul.rounding import Quantize, greatest, integers, larger, place, step_of
 from aq_lightning.kernels.kronecker_matmul import padded
 from aq_lightning.kernels.kronecker_matmul.naive import Kronecker
 from aq_lightning.kernels.packed import Operands

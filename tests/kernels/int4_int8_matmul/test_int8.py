@@ -93,13 +93,13 @@ WIDTHS = [(60, 2), (256, 4), (320, 2), (1300, 4), (4096, 4), (9216, 2)]
 @pytest.mark.parametrize(("columns", "weight_bits"), WIDTHS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_activations_become_the_same_integers(columns: int, weight_bits: int, bits: int) -> None:
-    from aq_lightning.kernels.int4_int8_matmul import triton
+    from aq_lightning.kernels.int4_int8_matmul import rounding, triton
 
     weight = operands(random_weight(64, columns, weight_bits, None if columns % 32 else 32, False))
     x = torch.randn(60 if columns < 300 else 6, columns, device=DEVICE).half()  # each with a number on a rounding tie
     x[1], x[2, 3] = 0.0, 60000.0
     with fresh_memory_is_nan():
-        codes, scale = triton.quantize(x, bits, weight, triton.width_of(columns, weight, Config(unroll=2)))
+        codes, scale = rounding.quantize(x, bits, weight, triton.width_of(columns, weight, Config(unroll=2)))
     expected, steps = naive.quantize(x, bits)
     assert torch.equal(scale[:, None], steps)
     assert torch.equal(codes, in_order(expected, weight, codes.shape[1]))
