@@ -69,8 +69,7 @@ def test_kernel_equals_the_plain_path(turn, height, width, groups) -> None:
 ABSENT = [(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0), (1, 0, 1, 1), (0, 0, 0, 1)]
 
 
-@pytest.mark.parametrize("width", [64, 1300], ids="groups of {}".format)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("width", "frozen"), [(64, False), (1300, True)])
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
 def test_parts_may_be_absent_and_weights_frozen_or_in_half_precision(absent, frozen: bool, width: int) -> None:
     dtype = HALVES[ABSENT.index(absent) % len(HALVES)]
