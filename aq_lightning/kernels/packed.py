@@ -155,9 +155,10 @@ def expect(x: Tensor, words: Tensor, scales: Tensor, bits: int, bias: Tensor | N
             f"A weight of {rows} rows, {groups} groups and {bits} bits for {columns} channels has words "
             f"{(*expected, words.shape[4])}, got {tuple(words.shape)}: check the activations' last size and the bits."
         )
-    if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_contiguous()):
-        got = f"{tuple(bias.shape)} with strides {bias.stride()}"
-        raise RequestError(f"bias has shape {(rows,)}, contiguous, got {got}: give that of the same weight.")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise RequestError(f"bias has shape {(rows,)}, got {tuple(bias.shape)}: give that of the same weight.")
+    if bias is not None and not bias.is_contiguous():
+        raise RequestError(f"bias is contiguous, got strides {bias.stride()}: call .contiguous() on it.")
 
 
 def _chunk(size: int, groups: int, codes: int) -> int:
