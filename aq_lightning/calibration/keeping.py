@@ -46,7 +46,7 @@ class Keeper:
         self._writing = block, self._thread.submit(self.journal.write_streams, block, copies)
 
     def copied(self, name: str, stream: Tensor) -> Tensor:
-        """A GPU's stream in memory of the host, the same for all pairs: new pages would take longer than the copy."""
+        """A GPU's stream in memory of the host, the same for all pairs, so that its pages are new only once."""
         copy = self._copies.get(name)
         if copy is None or (copy.shape, copy.dtype) != (stream.shape, stream.dtype):
             copy = self._copies[name] = torch.empty(stream.shape, dtype=stream.dtype)
