@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 
-from helpers import CONFIGS, tiny_llama, word_tokenizer
+from helpers import CONFIGS, ROOT, tiny_llama, word_tokenizer
 
 from aq_lightning.cli import main
 
@@ -50,6 +51,19 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = random.Random(0).choices(range(94), weights=[1 / (rank + 1) for rank in range(94)], k=1500)
     path.write_text(" ".join(f"word{word}" for word in words))
     return path
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server that runs scripts without a fresh interpreter each: see ``nursery.py``."""
+    address = str(tmp_path_factory.mktemp("n") / "s")  # such names are short
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "nursery.py"), address]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    with server:
+        assert server.stdout.readline() == b"open\n"
+        yield address
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """The documentation is true: every command in it is run here, on a tiny model, unless it says what it needs.
 
 A page's commands run in order in a directory of their own. Models and texts that are not there (hub ids, corpora) are
-replaced by the tiny ones, and sizes are made small; all else is what the page says.
+replaced by the tiny ones, and sizes are made small; all else is what the page says. One command of every verb starts as
+a process of its own, the others are forked from one that has imported everything.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ NEEDS = {
 LANGUAGES = {"bash", "python", "text", "yaml", "json", "css"}
 PARTS = ("train.py", "configs", "callbacks", "aq_lightning", "examples")
 
-SHIM = """#!{python}
+SHIM = """#!{python} -IS
 import os, sys
-from pathlib import Path
+from os.path import exists
 
-name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+sys.path.insert(0, "{tests}")
+from nursery import call
+
+name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
 arguments = ["train.py", *arguments] if name == "aq" else arguments
 verb = arguments[1] if arguments[:1] == ["train.py"] and len(arguments) > 1 else ""
 def absent(option):
     given = [after for before, after in zip(arguments, arguments[1:]) if before == option]
-    return not given or not Path(given[-1]).exists()
+    return not given or not exists(given[-1])
 if verb in ("fit", "plan", "test"):
     arguments += ["--data.length=32", "--data.evaluation_length=32", "--trainer.accelerator=cpu"]
     arguments += ["--model.pretrained={model}"] if absent("--model.pretrained") else []
@@ -48,7 +52,12 @@ if verb in ("fit", "plan"):
     arguments += ["--data.samples=8", "--trainer.max_epochs=2"]
 if verb == "doctor":
     arguments = ["train.py", "doctor", "{model}"]
-os.execv("{python}", ["{python}", *arguments])
+first = os.path.join(os.environ["FIRST"], verb or "none")
+if exists(first) or arguments[:1] != ["train.py"]:
+    if exists(first):
+        os.unlink(first)
+    os.execv("{python}", ["{python}", *arguments])
+sys.exit(call("{nursery}", arguments))
 """
 
 
@@ -114,8 +123,20 @@ def tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
+def verbs(page: Path) -> set[str]:
+    """Verbs of the commands that a page runs."""
+    texts = [block.text for block in blocks(page) if block.language == "bash" and not block.needs]
+    return set(re.findall(r"^(?:python train\.py|aq) (\w+)", "\n".join(texts), re.MULTILINE))
+
+
+def fresh() -> dict[Path, set[str]]:
+    """Page → verbs whose first command on it is a process of its own: each verb on the last page that has it."""
+    last = {verb: page for page in runnable() for verb in sorted(verbs(page))}
+    return {page: {verb for verb, at in last.items() if at == page} for page in runnable()}
+
+
 @pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, str]:
+def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path, nursery: str) -> dict[str, str]:
     """An environment whose ``python`` and ``aq`` take a tiny model for what is not there."""
     place = tmp_path_factory.mktemp("tools")
     tiny_llama(hidden_size=128, intermediate_size=256).half().save_pretrained(place / "model")
@@ -123,7 +144,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str
     (place / "bin").mkdir()
     for name in ("python", "aq"):
         shim = place / "bin" / name
-        shim.write_text(SHIM.format(python=sys.executable, model=place / "model", text=text_file))
+        values = {"python": sys.executable, "model": place / "model", "text": text_file}
+        shim.write_text(SHIM.format(**values, tests=ROOT / "tests", nursery=nursery))
         shim.chmod(0o755)
     path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "AQ_LIGHTNING_CACHE": str(place / "cache")}
@@ -135,20 +157,26 @@ def test_commands_run(page: Path, tools: dict[str, str], text_file: Path, tmp_pa
     for part in PARTS:
         (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / "notes.txt").write_text(text_file.read_text())
+    (tmp_path / "first").mkdir()
+    for verb in fresh()[page]:
+        (tmp_path / "first" / verb).touch()
     for block in blocks(page):
         if block.language == "bash" and not block.needs:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", block.text],
-                cwd=tmp_path, env=tools, capture_output=True, text=True, timeout=600,
+                cwd=tmp_path, env={**tools, "FIRST": str(tmp_path / "first")}, capture_output=True, text=True, timeout=600,
             )  # fmt: skip
             where = f"{page.name}:{block.line}"
             assert done.returncode == 0, f"{where}: mend it, or say what it needs ({', '.join(NEEDS)})\n{done.stderr}"
+    assert not list((tmp_path / "first").iterdir()), "these verbs began no process of their own"
 
 
 def test_some_commands_run() -> None:
     """A guard against a mark on everything."""
     pages = {page.name for page in runnable()}
     assert {"README.md", "quickstart.md", "deploy.md", "resume.md", "schemes.md"} <= pages
+    started = set().union(*fresh().values())
+    assert {"fit", "plan", "test", "predict", "report", "export", "status"} <= started, "a process of its own each"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -1,7 +1,7 @@
 """One pass over the weight for the gradients of all that a fake quantization reads.
 
-Groups larger than what a program holds take a second one, a light one: what their least and greatest weights receive is
-known only when all of a group has been seen.
+Groups larger than what a program holds take a second look at the few spans that hold their least and greatest weights:
+what these receive is known only when all of a group has been seen.
 """
 
 from __future__ import annotations
@@ -184,42 +184,42 @@ def _ends_kernel(
 
 @triton.jit
 def _at_ends_kernel(
-    value, rows, columns, found, d_ends, d_value, d_rows, d_columns, height, width, size, groups, spans, chunk,
-    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, NEEDS_VALUE: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    value, rows, columns, found, d_ends, sums, d_value, d_rows, d_columns, height, width, size, groups, spans,
+    HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr, NEEDS_VALUE: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Adds what the least and the greatest weights receive to what :func:`_fake_quantize_bwd_kernel` left in the same
-    places."""
+    places; of CHUNK rows it visits those whose span holds one."""
     i_chunk, i_span = tl.program_id(0), tl.program_id(1)
     o_in = (i_span % spans) * C + tl.arange(0, C)
-    o_column, m_column = i_span // spans * size + o_in, o_in < size
-    b_c = load(columns, o_column, m_column, HAS_COLUMNS, 1.0)
-    b_dc = tl.zeros([R, C], tl.float32)
-    for i in range(0, chunk, R):
-        o_row = i_chunk * chunk + i + tl.arange(0, R)
-        m_row = o_row < height
-        m = m_row[:, None] if EVEN else m_row[:, None] & m_column[None, :]
-        o_w = o_row[:, None].to(tl.int64) * width + o_column[None, :]
-        o_range = o_row * groups + i_span // spans
-        b_min = tl.load(found + o_range * 4, mask=m_row, other=0.0)
-        b_max = tl.load(found + o_range * 4 + 1, mask=m_row, other=0.0)
-        b_dmin = tl.load(d_ends + o_range * 2, mask=m_row, other=0.0)
-        b_dmax = tl.load(d_ends + o_range * 2 + 1, mask=m_row, other=0.0)
-        b_r = load(rows, o_row, m_row, HAS_ROWS, 1.0)
-        b_v, b_w = load_weight(value, b_r, b_c, o_w, m)
-        b_dw = _at_ends(b_w, b_min, b_max, b_dmin, b_dmax)
+    o_column, m = i_span // spans * size + o_in, o_in < size
+    b_c = load(columns, o_column, m, HAS_COLUMNS, 1.0)
+    b_dc = tl.zeros([C], tl.float32)
+    o_rows = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    m_rows = o_rows < height
+    b_ties = tl.load(sums + (o_rows * (groups * spans) + i_span) * 3 + 2, mask=m_rows, other=0.0)
+    visited = tl.sum((b_ties > 0).to(tl.int32), axis=0)
+    o_left = tl.where(b_ties > 0, o_rows, height)
+    for _ in range(visited):
+        i_row = tl.min(o_left, axis=0)
+        o_left = tl.where(o_left == i_row, height, o_left)
+        o_w, o_range = i_row.to(tl.int64) * width + o_column, i_row * groups + i_span // spans
+        b_r = tl.load(rows + i_row) if HAS_ROWS else 1.0
+        b_v = tl.load(value + o_w, mask=m, other=0.0).to(tl.float32)
+        b_w = b_v * b_r * b_c
+        b_least = tl.where(b_w == tl.load(found + o_range * 4), tl.load(d_ends + o_range * 2), 0.0)
+        b_most = tl.where(b_w == tl.load(found + o_range * 4 + 1), tl.load(d_ends + o_range * 2 + 1), 0.0)
+        b_dw = tl.where(m, b_least + b_most, 0.0)
         if NEEDS_VALUE:
             b_before = tl.load(d_value + o_w, mask=m, other=0.0)
-            tl.store(d_value + o_w, b_before + b_dw * b_r[:, None] * b_c[None, :], mask=m)
+            tl.store(d_value + o_w, b_before + b_dw * b_r * b_c, mask=m)
         if HAS_ROWS:
-            p_rows = d_rows + o_row * (groups * spans) + i_span
-            b_before = tl.load(p_rows, mask=m_row, other=0.0)
-            tl.store(p_rows, b_before + tl.sum(b_dw * b_v * b_c[None, :], axis=1), mask=m_row)
-        b_dc += b_dw * b_v * b_r[:, None]
-    if HAS_COLUMNS:
+            p_rows = d_rows + i_row * (groups * spans) + i_span
+            tl.store(p_rows, tl.load(p_rows) + tl.sum(b_dw * b_v * b_c, axis=0))
+        b_dc += b_dw * b_v * b_r
+    if HAS_COLUMNS and visited > 0:
         p_columns = d_columns + i_chunk * width + o_column
-        b_before = tl.load(p_columns, mask=m_column, other=0.0)
-        tl.store(p_columns, b_before + tl.sum(b_dc, axis=0), mask=m_column)
+        b_before = tl.load(p_columns, mask=m, other=0.0)
+        tl.store(p_columns, b_before + b_dc, mask=m)
 
 
 def backward(request: Request, found: Tensor, d_rounded: Tensor, d_gain: Tensor, needs_value: bool) -> list[Tensor]:
@@ -253,8 +253,9 @@ def backward(request: Request, found: Tensor, d_rounded: Tensor, d_gain: Tensor,
         )  # fmt: skip
     if spans > 1 and (needs_value or rows is not None or columns is not None):
         _at_ends_kernel[grid](
-            value, rows, columns, found, d_ends, d_value, d_rows, d_columns, *sizes,
-            HAS_ROWS=known["HAS_ROWS"], HAS_COLUMNS=known["HAS_COLUMNS"], **cut,
+            value, rows, columns, found, d_ends, sums, d_value, d_rows, d_columns, *sizes[:-1],
+            HAS_ROWS=known["HAS_ROWS"], HAS_COLUMNS=known["HAS_COLUMNS"], NEEDS_VALUE=needs_value,
+            CHUNK=chunk, C=C, num_warps=1,
         )  # fmt: skip
     d_rows = d_rows if rows is None else d_rows.sum(1)
     d_columns = d_columns if columns is None else d_columns.sum(0)
