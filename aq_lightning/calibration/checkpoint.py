@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -212,9 +213,9 @@ class RunDirectory:
             remove(self._block(block))
         return block in self._manifests
 
-    def weights(self, block: int) -> dict[str, Tensor]:
-        """Packed weights of a finished window."""
-        return load_file(self._block(block) / _WEIGHTS)
+    def weights(self, block: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Packed weights of a finished window, on a device."""
+        return load_file(self._block(block) / _WEIGHTS, str(device))
 
     def write_streams(self, block: int, streams: Streams) -> None:
         """Writes the streams that enter the window that starts at ``block``, which are whole or absent."""
