@@ -145,7 +145,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                     calibrate(job, live, position, activations, streams, target, share)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                live.install(_window(job, indices.start, job.device))
+                live.install(_window(job, indices.start, str(job.device)))
                 streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
             live.release()
             if job.guards.keep_streams and indices.start in following:
@@ -239,7 +239,7 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
     reset_peak_memory(job.device)
     scratch = job.journal.scratch(WHOLE)
     options = {"max_epochs": recipe.tuning.epochs, "max_steps": -1, "callbacks": []}
-    whole = assemble(job.pretrained, recipe, arguments, lambda start: _window(job, start, job.device), job.device)
+    whole = assemble(job.pretrained, recipe, arguments, lambda start: _window(job, start, str(job.device)), job.device)
     share = Share(samples, recipe.tuning.batch_size, distributed.rank(), distributed.ranks())
     inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
     with quantized([block.block for block in whole.blocks], recipe.scheme):
@@ -293,6 +293,6 @@ def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
         yield retuned(_window(job, indices.start), changed)
 
 
-def _window(job: Job, start: int, device: torch.device | str = "cpu") -> Mapping[str, QTensor | Tensor]:
+def _window(job: Job, start: int, device: str = "cpu") -> Mapping[str, QTensor | Tensor]:
     """Weights of the finished window that starts at a block, unpacked on a device."""
     return compressed_tensors.unpack(job.journal.weights(start, device), job.recipe.scheme.weight, job.recipe.layout)

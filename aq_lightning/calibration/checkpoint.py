@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -213,9 +212,9 @@ class RunDirectory:
             remove(self._block(block))
         return block in self._manifests
 
-    def weights(self, block: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def weights(self, block: int, device: str = "cpu") -> dict[str, Tensor]:
         """Packed weights of a finished window, on a device."""
-        return load_file(self._block(block) / _WEIGHTS, str(device))
+        return load_file(self._block(block) / _WEIGHTS, device)
 
     def write_streams(self, block: int, streams: Streams) -> None:
         """Writes the streams that enter the window that starts at ``block``, which are whole or absent."""

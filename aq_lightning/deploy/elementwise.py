@@ -7,16 +7,11 @@ roundings in between that are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from aq_lightning.kernels.gated_silu import gated_silu
-
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+from aq_lightning.models.written import is_gated_silu, is_rms_norm
 
 
 class GatedMLP(nn.Module):
@@ -37,23 +32,13 @@ class GatedMLP(nn.Module):
 
 
 def join_elementwise(model: PreTrainedModel) -> PreTrainedModel:
-    """Replaces, in place, norms and gated MLPs that are written as LLaMA's; what is written otherwise or carries hooks
-    stays."""
+    """Replaces, in place, norms and gated MLPs that are written as most models'; what is written otherwise or carries
+    hooks stays."""
     for path, module in list(model.named_modules()):
-        if _written_as(module, LlamaRMSNorm.forward):
+        if is_rms_norm(module):
             norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
             norm.weight = module.weight
             model.set_submodule(path, norm.train(module.training))
-        elif _written_as(module, LlamaMLP.forward) and isinstance(module.act_fn, _SILU):
+        elif is_gated_silu(module):
             model.set_submodule(path, GatedMLP(module))
     return model
-
-
-def _written_as(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether calling a module runs the instructions of a function and nothing else."""
-    own = getattr(type(module).forward, "__code__", None)
-    known = forward.__code__
-    alike = own is not None and all(
-        getattr(own, part) == getattr(known, part) for part in ("co_code", "co_names", "co_consts")
-    )
-    return alike and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
