@@ -2,11 +2,12 @@
 
 Weights are random, in the shape of a well-known model, rounded to nearest; the float16 model has the same rounded
 weights. Both run through the same static key–value cache, torch.compile and CUDA graph
-(``aq_lightning.deploy.Generator``); the float16 model is transformers' own, with its linears as they are. Packed logits
-must be near the float16 ones before anything is timed. Results are written after every measurement, and no measurement
+(``aq_lightning.deploy.Generator``); the float16 model is transformers' own, with its linears as they are. Packed models
+must answer nearly as the float16 one before anything is timed. Results are written after every measurement, and no measurement
 begins once ``--seconds`` have passed.
 
     python benchmarks/generation.py --out generation.json
+    python benchmarks/generation.py --schemes w4a4sym --online
     python benchmarks/generation.py --shape tiny --device cpu --seconds 60
 """
 
@@ -28,6 +29,8 @@ from aq_lightning.deploy import Int4Linear, fuse
 from aq_lightning.deploy.decoding import Decoder, Sampling, Shape, Way
 from aq_lightning.qtensor import QTensor, encode, grid_of
 from aq_lightning.scheme import Scheme
+from aq_lightning.transforms.kronecker import divided
+from aq_lightning.transforms.online import HeadProduct, KroneckerProduct, Operation, TokenClip, carry
 
 SHAPES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -36,11 +39,16 @@ SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
 }  # fmt: skip
 REPETITIONS = 5
-FAR = 3e-2
-"""Greatest relative difference of logits where activations are not rounded."""
-FAR_ROUNDED = 0.3
-"""Where they are, which the float16 model's are not."""
+FAR = {16: 3e-2, 8: 5e-2, 4: 0.5}
+"""Bits of activations → greatest relative difference: see :func:`difference`."""
 FULL = "fp16"
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+"""Module of a layer that carries online products → the linears that read what they make."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,40 @@ def full_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) ->
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def packed_model(full: PreTrainedModel, scheme: Scheme) -> PreTrainedModel:
-    """The model with packed linears, all else shared; the full one gets the rounded weights."""
+def products(carrier: str, columns: int, heads: int) -> tuple[Operation, Operation]:
+    """What the online recipe multiplies the inputs of a linear by, orthogonal here, and its inverse; float32."""
+    sizes = (heads,) if carrier == "self_attn.o_proj" else divided(columns, "random")
+    factors = [torch.linalg.qr(torch.randn(size, size))[0] for size in sizes]
+    kind, names = (HeadProduct, ["heads"]) if len(sizes) == 1 else (KroneckerProduct, ["left", "right"])
+    there, back = (kind(**dict(zip(names, each, strict=True))) for each in (factors, [f.mT for f in factors]))
+    return there, back
+
+
+def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> PreTrainedModel:
+    """The model with packed linears, all else shared; the full one gets the rounded weights.
+
+    Args:
+        full: the model.
+        scheme: of the packed one.
+        online: whether it multiplies what linears read by matrices, and cuts it, as configs/affinequant-online.yaml.
+    """
     with torch.device("meta"):
         packed = AutoModelForCausalLM.from_config(full.config, dtype=full.dtype).eval()
-    for path, module in full.named_modules():
-        if isinstance(module, nn.Linear) and path.startswith("model.layers."):
-            weight = rounded(module.weight, scheme)
-            module.weight.copy_(weight.dequantize(torch.float32))
-            packed.set_submodule(path, Int4Linear.of(weight, scheme))
+    for index, layer in enumerate(full.model.layers):
+        for carrier, readers in READERS.items():
+            there, back = products(
+                carrier, layer.get_submodule(readers[0]).in_features, full.config.num_attention_heads
+            )
+            there, back = there.to(full.device), back.to(full.device)
+            for reader in readers:
+                linear = layer.get_submodule(reader)
+                weight = rounded(there(linear.weight.float()) if online else linear.weight, scheme)
+                dense = weight.dequantize(torch.float32)
+                linear.weight.copy_(back(dense) if online else dense)
+                packed.model.layers[index].set_submodule(reader, Int4Linear.of(weight, scheme))
+            if online:
+                clip = TokenClip(clip=torch.ones(2)).to(full.device)
+                carry(packed.model.layers[index].get_submodule(carrier), [there.to(full.dtype), clip.to(full.dtype)])
     for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
         parent, _, leaf = name.rpartition(".")
         if not isinstance(packed.get_submodule(parent), Int4Linear):
@@ -96,14 +129,25 @@ def gibibytes(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def difference(full: PreTrainedModel, packed: PreTrainedModel) -> float:
-    """Relative difference of logits, of a prompt long enough for one kernel and short enough for another."""
+def difference(full: PreTrainedModel, packed: PreTrainedModel, rounds: bool) -> float:
+    """Relative difference from the full model, of a prompt long enough for one kernel and short enough for another.
+
+    Of logits; or where activations are rounded, which the full model's are not and which layer upon layer magnifies, of
+    what the first layer adds.
+    """
     ids = torch.randint(full.config.vocab_size, (1, 80), device=full.device)
     errors = []
     for tokens in (ids, ids[:, :1]):
-        expected, actual = full(tokens).logits.float(), packed(tokens).logits.float()
-        errors.append(float((actual - expected).norm() / expected.norm()))
+        expected, actual = (added(model, tokens) if rounds else model(tokens).logits for model in (full, packed))
+        errors.append(float((actual.float() - expected.float()).norm() / expected.float().norm()))
     return max(error if error == error else float("inf") for error in errors)
+
+
+def added(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the first layer adds to the embeddings of tokens."""
+    hidden = model.model.embed_tokens(tokens)
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return model.model.layers[0](hidden, position_embeddings=model.model.rotary_emb(hidden, places)) - hidden
 
 
 def first_token(decoder: Decoder, ids: Tensor) -> float:
@@ -127,12 +171,24 @@ def rate(decoder: Decoder, ids: Tensor, new: int) -> tuple[float, float]:
     return len(ids) * (new - 1) / statistics.median(spans[1:]), wholes[0] - statistics.median(wholes[1:])
 
 
-def measure(name: str, model: PreTrainedModel, batch: int, prompt: int, new: int, way: Way) -> Measured:
+def profiled(decoder: Decoder, ids: Tensor, new: int) -> str:
+    """What the device does for an answer, kernel by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        list(decoder.stream(ids, None, max(new, 1), Sampling()))
+    return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40)
+
+
+def measure(
+    name: str, model: PreTrainedModel, batch: int, prompt: int, new: int, way: Way, profile: Path | None
+) -> Measured:
     """One model at one batch; ``new`` = 0 leaves the rate unmeasured, and nothing is compiled."""
     ids = torch.randint(model.config.vocab_size, (batch, prompt), device=model.device)
     decoder = Decoder(model, Shape(batch, -(-(prompt + new) // 256) * 256), way)
     first = first_token(decoder, ids)
     speed, setup = rate(decoder, ids, new) if new else (None, None)
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+        (profile / f"{name}-{batch}-{prompt}.txt").write_text(profiled(decoder, ids, new), encoding="utf-8")
     del decoder
     gc.collect()
     torch.compiler.reset()
@@ -166,12 +222,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
     parser.add_argument("--schemes", nargs="+", default=["w4a16g128sym", "w4a8sym"])
+    parser.add_argument("--online", action="store_true", help="Kronecker products where activations are rounded")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt where rates are measured")
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt whose first token alone is timed")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--way", choices=["compiled", "recorded", "plain"], default="compiled", help="on a GPU")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", type=Path, help="directory for a table of kernels of each measurement")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--out", type=Path, help="JSON, written after every measurement")
     return parser.parse_args()
@@ -194,10 +252,11 @@ def main() -> None:
     }
     for name in given.schemes:
         scheme = Scheme.parse(name)
-        packed = packed_model(full, scheme)
-        error, far = difference(full, packed), FAR if scheme.activation is None else FAR_ROUNDED
-        notes[f"{name}: difference of logits"] = error
-        print(f"{name}: logits differ by {error:.1e} ({'in' if error <= far else 'OUT OF'} tolerance {far}); "
+        rounds = scheme.activation is not None
+        packed = packed_model(full, scheme, given.online and rounds)
+        error, far = difference(full, packed, rounds), FAR[scheme.activation.bits if rounds else 16]
+        notes[f"{name}: difference"] = error
+        print(f"{name}: answers differ by {error:.1e} ({'in' if error <= far else 'OUT OF'} tolerance {far}); "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         if error <= far:
             models[name] = packed
@@ -210,7 +269,7 @@ def main() -> None:
                     f"not measured, {given.seconds:.0f} s are over: {name}, batch {batch}, prompt {prompt}", flush=True
                 )
                 continue
-            rows.append(measure(name, model, batch, prompt, new, given.way if gpu else "plain"))
+            rows.append(measure(name, model, batch, prompt, new, given.way if gpu else "plain", given.profile))
             print(f"{asdict(rows[-1])} ({time.perf_counter() - began:.0f} s)", flush=True)
             if given.out is not None:
                 content = {**notes, "rows": [asdict(row) for row in rows]}
