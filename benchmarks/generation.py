@@ -3,8 +3,8 @@
 Weights are random, in the shape of a well-known model, rounded to nearest; the float16 model has the same rounded
 weights. Both run through the same static key–value cache, torch.compile and CUDA graph
 (``aq_lightning.deploy.Generator``); the float16 model is transformers' own, with its linears as they are. Packed models
-must answer nearly as the float16 one before anything is timed. Results are written after every measurement, and no measurement
-begins once ``--seconds`` have passed.
+must answer nearly as the float16 one before anything is timed. Results are written after every measurement, and no
+measurement begins once ``--seconds`` have passed.
 
     python benchmarks/generation.py --out generation.json
     python benchmarks/generation.py --schemes w4a4sym --online
@@ -173,7 +173,7 @@ def rate(decoder: Decoder, ids: Tensor, new: int) -> tuple[float, float]:
 
 def profiled(decoder: Decoder, ids: Tensor, new: int) -> str:
     """What the device does for an answer, kernel by kernel."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile() as profile:
         list(decoder.stream(ids, None, max(new, 1), Sampling()))
     return profile.key_averages().table(sort_by="cuda_time_total", row_limit=40)
 
@@ -229,7 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--way", choices=["compiled", "recorded", "plain"], default="compiled", help="on a GPU")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", type=Path, help="directory for a table of kernels of each measurement")
+    parser.add_argument("--profile", type=Path, help="directory for tables of what each measurement spent its time on")
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--out", type=Path, help="JSON, written after every measurement")
     return parser.parse_args()
