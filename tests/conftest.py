@@ -54,15 +54,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server that runs scripts without a fresh interpreter each: see ``nursery.py``."""
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """What stands for ``python`` before a script that needs no interpreter of its own: see ``nursery.py``."""
     address = str(tmp_path_factory.mktemp("n") / "s")  # such names are short
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "nursery.py"), address]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    with server:
+    program = str(ROOT / "tests" / "nursery.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, program, address], env=environment, **pipes) as server:
         assert server.stdout.readline() == b"open\n"
-        yield address
+        yield [sys.executable, "-IS", program, address]
         server.stdin.close()
 
 

@@ -1,5 +1,8 @@
 """Scripts without a fresh interpreter each: a server that has imported everything forks a child for every one.
 
+python nursery.py ADDRESS                     serves
+python -IS nursery.py ADDRESS SCRIPT ...      is python SCRIPT ...
+
 The child has the caller's arguments, directory, environment and standard streams, and ends as the script ends.
 """
 
@@ -96,4 +99,5 @@ def _script(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    address, *script = sys.argv[1:]
+    sys.exit(call(address, script) if script else serve(address))

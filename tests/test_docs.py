@@ -2,7 +2,7 @@
 
 A page's commands run in order in a directory of their own. Models and texts that are not there (hub ids, corpora) are
 replaced by the tiny ones, and sizes are made small; all else is what the page says. One command of every verb starts as
-a process of its own, the others are forked from one that has imported everything.
+a process of its own, the others are forked from one that has imported everything, and draw no report behind ``fit``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ SHIM = """#!{python} -IS
 import os, sys
 from os.path import exists
 
-sys.path.insert(0, "{tests}")
-from nursery import call
-
 name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
 arguments = ["train.py", *arguments] if name == "aq" else arguments
 verb = arguments[1] if arguments[:1] == ["train.py"] and len(arguments) > 1 else ""
@@ -52,12 +49,13 @@ if verb in ("fit", "plan"):
     arguments += ["--data.samples=8", "--trainer.max_epochs=2"]
 if verb == "doctor":
     arguments = ["train.py", "doctor", "{model}"]
-first = os.path.join(os.environ["FIRST"], verb or "none")
-if exists(first) or arguments[:1] != ["train.py"]:
-    if exists(first):
-        os.unlink(first)
-    os.execv("{python}", ["{python}", *arguments])
-sys.exit(call("{nursery}", arguments))
+command, first = ["{python}"], os.path.join(os.environ["FIRST"], verb or "none")
+if exists(first):
+    os.unlink(first)
+elif arguments[:1] == ["train.py"]:
+    command = {nursery}
+    arguments += ["--report=false"] if verb == "fit" else []
+os.execv(command[0], [*command, *arguments])
 """
 
 
@@ -136,7 +134,7 @@ def fresh() -> dict[Path, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path, nursery: str) -> dict[str, str]:
+def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path, nursery: list[str]) -> dict[str, str]:
     """An environment whose ``python`` and ``aq`` take a tiny model for what is not there."""
     place = tmp_path_factory.mktemp("tools")
     tiny_llama(hidden_size=128, intermediate_size=256).half().save_pretrained(place / "model")
@@ -144,8 +142,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory, text_file: Path, nursery: st
     (place / "bin").mkdir()
     for name in ("python", "aq"):
         shim = place / "bin" / name
-        values = {"python": sys.executable, "model": place / "model", "text": text_file}
-        shim.write_text(SHIM.format(**values, tests=ROOT / "tests", nursery=nursery))
+        values = {"python": sys.executable, "nursery": nursery, "model": place / "model", "text": text_file}
+        shim.write_text(SHIM.format(**values))
         shim.chmod(0o755)
     path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "AQ_LIGHTNING_CACHE": str(place / "cache")}
@@ -164,7 +162,8 @@ def test_commands_run(page: Path, tools: dict[str, str], text_file: Path, tmp_pa
         if block.language == "bash" and not block.needs:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", block.text],
-                cwd=tmp_path, env={**tools, "FIRST": str(tmp_path / "first")}, capture_output=True, text=True, timeout=600,
+                cwd=tmp_path, env={**tools, "FIRST": str(tmp_path / "first")}, capture_output=True, text=True,
+                timeout=600,
             )  # fmt: skip
             where = f"{page.name}:{block.line}"
             assert done.returncode == 0, f"{where}: mend it, or say what it needs ({', '.join(NEEDS)})\n{done.stderr}"

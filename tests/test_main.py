@@ -33,7 +33,7 @@ def test_debug_lets_the_traceback_through(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_fault_of_the_program_is_one_sentence(tmp_path: Path, debug: bool) -> None:
+def test_a_fault_of_the_program_is_one_sentence(nursery: list[str], tmp_path: Path, debug: bool) -> None:
     """Of a process whose verb fails in a way that nobody foresaw."""
     program = (
         "import aq_lightning.cli as cli\n"
@@ -42,7 +42,9 @@ def test_a_fault_of_the_program_is_one_sentence(tmp_path: Path, debug: bool) -> 
         "cli.VERBS['status'] = broken\n"
         "cli.main()\n"
     )
-    command = [sys.executable, "-c", program, "status", str(tmp_path), *(["--debug"] if debug else [])]
+    (tmp_path / "broken.py").write_text(program)
+    python = nursery if debug else [sys.executable]
+    command = [*python, str(tmp_path / "broken.py"), "status", str(tmp_path), *(["--debug"] if debug else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1

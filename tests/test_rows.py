@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -104,12 +103,14 @@ def test_methods_are_files_of_configs_or_named(tmp_path: Path) -> None:
     assert configuration(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
 
 
-def test_the_accuracy_benchmark_from_end_to_end(model_directory: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_accuracy_benchmark_from_end_to_end(
+    nursery: list[str], model_directory: Path, text_file: Path, tmp_path: Path
+) -> None:
     """Full precision and round-to-nearest, scored as transformers loads them; what cannot be run is named."""
     other = tmp_path / "other.txt"
     other.write_text(" ".join(reversed(text_file.read_text().split())))
     command = [
-        sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), str(model_directory), f"--out={tmp_path / 'out'}",
+        *nursery, str(ROOT / "benchmarks" / "accuracy.py"), str(model_directory), f"--out={tmp_path / 'out'}",
         "--device=cpu", "--processes=2", "--calibration", f"book={text_file}", "--evaluation", f"other={other}",
         "--methods", "rtn", "absent.yaml", "--schemes", "w3a16g32", "--samples=4", "--length=32",
         "--evaluation-length=32",
