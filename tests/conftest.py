@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
@@ -29,10 +30,15 @@ def fixed_seed() -> None:
 def own_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process like a user's: no arguments of pytest's, and a cache of windows that goes with the session."""
     torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+    gc.collect()
+    gc.freeze()  # libraries' objects would be looked through thrice a run
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
         patch.setenv("AQ_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(sys, "argv", ["train.py"])
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
