@@ -20,6 +20,13 @@ from helpers import CONFIGS, ROOT, tiny_llama, word_tokenizer
 
 from aq_lightning.cli import main
 
+SLOW = ("test_kill.py", "test_docs.py", "test_distributed.py", "test_streaming.py", "test_block.py", "test_api.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of many seconds come first, so that at the end no process is left alone with one."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
