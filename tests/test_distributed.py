@@ -31,6 +31,8 @@ SIZES = (
     "4",
     "--model.streams.dtype",
     "float32",
+    "--report",
+    "false",
 )  # 5 samples and 4
 
 

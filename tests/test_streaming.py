@@ -31,7 +31,7 @@ def peak(directory: Path, text_file: Path, blocks: int) -> int:
         "fit", f"--config={CONFIGS / 'affinequant.yaml'}", f"--model.pretrained={directory / 'model'}",
         "--model.scheme=w4a16g64", f"--data.source={text_file}", "--data.samples=4", "--data.length=16",
         "--data.evaluation_length=16", "--data.evaluation_samples=2", "--trainer.max_epochs=1",
-        "--trainer.accelerator=cpu", f"--out={directory / 'run'}",
+        "--trainer.accelerator=cpu", "--report=false", f"--out={directory / 'run'}",
     ]  # fmt: skip
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # as a user has it
     done = subprocess.run(

@@ -102,7 +102,10 @@ def test_activations_are_rounded_while_scales_are_tuned(fit: Fit, tmp_path: Path
     assert found["outcome"] == "trained" and found["divergence"]["after"] < found["divergence"]["before"]
 
 
-def test_it_is_said(run: Path, plain: Path, fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_it_is_said(
+    run: Path, plain: Path, fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    monkeypatch.setattr("aq_lightning.report.figures._svg", lambda *_: "")  # words, not pictures
     assert "Scales of all blocks" in page([Record(run)]) and "Scales of all blocks" not in page([Record(plain)])
     assert "finished" in status_of(run)
     fit("w2a16g32", tmp_path / "run", "--model.tuning.scales=1e3", config=METHOD)
