@@ -22,7 +22,7 @@ from benchmarks.kill import Nursery, digests, kill_until_done, tiny_model
 
 
 def tiny_fit(directory: Path, *more: str) -> Callable[[Path], list[str]]:
-    """``fit`` of the tiny model; its report, which nothing here reads, takes longer to draw than all else."""
+    """``fit`` of the tiny model without a report, which nothing here reads and which takes longer than all else."""
     return kill.tiny_fit(directory, "--report", "false", *more)
 
 
@@ -95,7 +95,7 @@ def test_killed_while_scales_are_tuned(nursery: Nursery, directory: Path, tmp_pa
     command = tiny_fit(directory, *options)
     reference = nursery.run(command(tmp_path / "reference"))
     expected, seen = digests(tmp_path / "reference"), []
-    for before_the_end in (160, 145, 130):
+    for before_the_end in (150, 135, 120):
         run = tmp_path / f"run-{before_the_end}"
         assert nursery.run(command(run), event=reference.events - before_the_end).status == -signal.SIGKILL
         seen += [path.name for path in run.glob("inside/9999.*")]
