@@ -18,7 +18,7 @@ def _gated_silu_kernel(gate, up, y, gate_stride, up_stride, N, BLOCK: tl.constex
     m_n = o_n < N
     b_gate = tl.load(gate + i_m * gate_stride + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_up = tl.load(up + i_m * up_stride + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_y = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
+    b_y = tl.div_rn(b_gate, 1.0 + tl.exp(-b_gate)) * b_up
     tl.store(y + i_m * N + o_n, b_y.to(y.dtype.element_ty), mask=m_n)
 
 

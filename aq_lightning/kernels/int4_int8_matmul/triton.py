@@ -16,7 +16,8 @@ from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_int8_matmul.rounding import quantizer
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.triton import grid_of_rows, last_of
+from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows
+from aq_lightning.kernels.int4_matmul.triton import last_of
 from aq_lightning.kernels.int4_matmul.unpack import beside, common
 from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands

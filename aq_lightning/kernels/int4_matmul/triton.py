@@ -15,54 +15,14 @@ from torch import Tensor
 from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.unpack import beside, common, operand, plane, start, together
+from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, scaled_weights, weight_of, weights_of
+from aq_lightning.kernels.int4_matmul.unpack import common, together
 from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands, tiling
 
 _JOINED = 4  # chunks of one product at most: their operands fill a quarter of a thread's registers
+_AHEAD = 2  # where two products' operands are there at once
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@triton.jit
-def grid_of_rows(p_scales, m):
-    """Scales and zero points of rows, float32 [R]; 0 where masked."""
-    b_word = tl.load(p_scales, mask=m, other=0)
-    return (b_word & -256).to(tl.float32, bitcast=True), (b_word & 255).to(tl.float32)
-
-
-@triton.jit
-def _weight(
-    p_tile, b_z, b_s,
-    BITS: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
-    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """One chunk of columns of a tile, [R, CHUNK]."""
-    b_w = tl.load(p_tile + plane(BITS, CODE) * (64 * CHUNK))
-    b_next = b_w
-    if start(BITS, CODE) + BITS > 16:
-        b_next = tl.load(p_tile + (plane(BITS, CODE) + 1) * (64 * CHUNK))
-    return operand(b_w, b_next, b_z, b_s, BITS, CODE, DTYPE, SCALED, ASSEMBLY)
-
-
-@triton.jit
-def _weights(
-    p_w, i_first, chunk, spans, b_z, b_s,
-    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
-    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """WIDE chunks of columns side by side, [R, WIDE · CHUNK]; ``chunk`` is the first, counted from tile ``i_first``."""
-    if WIDE == 1:
-        p_tile = p_w + tl.minimum(i_first + chunk // CODES, spans - 1) * (PLANES * 64 * CHUNK)
-        return _weight(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
-    else:
-        HALF: tl.constexpr = WIDE // 2
-        b_left = _weights(
-            p_w, i_first, chunk, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
-        )
-        b_right = _weights(
-            p_w, i_first, chunk + HALF, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
-        )
-        return beside(b_left, b_right)
 
 
 @triton.jit
@@ -73,6 +33,69 @@ def _settled(b_sum, CARRIED: tl.constexpr):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_sum], tl.float32, True, 1)
     else:
         return b_sum
+
+
+@triton.jit
+def _activations(p_x, o_k, o_in, m_m, K, RAGGED: tl.constexpr):
+    """Columns from ``o_k`` on of a tile of x, [len(o_in), T]."""
+    m_x = m_m[None, :] & (o_k + o_in < K)[:, None] if RAGGED else m_m[None, :]
+    return tl.load(p_x + o_k, mask=m_x, other=0.0)
+
+
+@triton.jit
+def _sum(
+    p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """The products of steps ``first`` to ``last``, added up, float32 [R, T]; SAME: chunks that share a scale."""
+    STEP: tl.constexpr = UNROLL * CODES
+    b_y = tl.zeros([R, T], tl.float32)
+    for i_step in tl.range(first, last, num_stages=STAGES):
+        for begin in tl.static_range(0, STEP, SAME):
+            if GROUP != 0:
+                i_group = (i_step * STEP + begin) // GROUP
+                m_s = m_n & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
+                b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
+            b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
+            for chunk in tl.static_range(begin, begin + SAME, WIDE):
+                b_x = _activations(p_x, (i_step * STEP + chunk) * CHUNK, o_in, m_m, K, RAGGED)
+                b_w = weights_of(
+                    p_w, i_step * UNROLL, chunk, spans, b_z, b_s,
+                    BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, SCALED, ASSEMBLY,
+                )  # fmt: skip
+                b_sum = tl.dot(b_w, b_x, b_sum)
+            b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
+        b_y = _settled(b_y, ASSEMBLY and (GROUP == 0 or SCALED))
+    return b_y
+
+
+@triton.jit
+def _sum_ahead(
+    p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_sum` where scales do not meet sums; the weights of a product are there before the one ahead of it
+    begins, so that tensor cores have work while the next are unpacked."""
+    STEP: tl.constexpr = UNROLL * CODES
+    b_y = tl.zeros([R, T], tl.float32)
+    b_w = scaled_weights(
+        p_w, scales, o_n, m_n, b_z, b_s, first, spans, N, K,
+        BITS, PLANES, CODES, CHUNK, GROUP, UNROLL, 0, WIDE, DTYPE, ASSEMBLY,
+    )  # fmt: skip
+    for i_step in tl.range(first, last, num_stages=STAGES):
+        for chunk in tl.static_range(0, STEP, WIDE):
+            b_x = _activations(p_x, (i_step * STEP + chunk) * CHUNK, o_in, m_m, K, RAGGED)
+            b_next = scaled_weights(
+                p_w, scales, o_n, m_n, b_z, b_s, i_step, spans, N, K,
+                BITS, PLANES, CODES, CHUNK, GROUP, UNROLL, chunk + WIDE, WIDE, DTYPE, ASSEMBLY,
+            )  # fmt: skip
+            b_y = _settled(tl.dot(b_w, b_x, b_y), ASSEMBLY)
+            b_w = b_next
+    return b_y
 
 
 @triton.jit
@@ -102,15 +125,15 @@ def _int4_matmul_kernel(
     BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, AHEAD: tl.constexpr, ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
 
     GROUP: chunks that share a scale, 0 if a whole row does. SCALED: scales meet the weight, not the sums. JOINED:
-    chunks of one product at most.
+    chunks of one product at most. AHEAD: see :func:`_sum_ahead`.
     """
-    STEP: tl.constexpr = UNROLL * CODES  # chunks
-    SAME: tl.constexpr = common(GROUP, STEP)  # chunks of a step that share a scale
+    SAME: tl.constexpr = common(GROUP, UNROLL * CODES)  # chunks of a step that share a scale
     WIDE: tl.constexpr = together(SAME, JOINED)
     i_m, i_n, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n, o_m, o_c = i_n * R + tl.arange(0, R), i_m * T + tl.arange(0, T), tl.arange(0, CHUNK)
@@ -124,25 +147,16 @@ def _int4_matmul_kernel(
     b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if GROUP == 0:
         b_s, b_z = grid_of_rows(scales + o_n, m_n)
-    b_y = tl.zeros([R, T], tl.float32)
-    for i_step in tl.range(first, last, num_stages=STAGES):
-        for begin in tl.static_range(0, STEP, SAME):
-            if GROUP != 0:
-                i_group = (i_step * STEP + begin) // GROUP
-                m_s = m_n & (tl.full([R], i_group * (GROUP * CHUNK), tl.int32) < K)
-                b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
-            b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
-            for chunk in tl.static_range(begin, begin + SAME, WIDE):
-                o_k = (i_step * STEP + chunk) * CHUNK
-                m_x = m_m[None, :] & (o_k + o_in < K)[:, None] if RAGGED else m_m[None, :]
-                b_x = tl.load(p_x + o_k, mask=m_x, other=0.0)  # [WIDE · CHUNK, T]
-                b_w = _weights(
-                    p_w, i_step * UNROLL, chunk, spans, b_z, b_s,
-                    BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, SCALED, ASSEMBLY,
-                )  # fmt: skip
-                b_sum = tl.dot(b_w, b_x, b_sum)
-            b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
-        b_y = _settled(b_y, ASSEMBLY and (GROUP == 0 or SCALED))
+    if AHEAD:
+        b_y = _sum_ahead(
+            p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
+            BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, WIDE, STAGES, ASSEMBLY,
+        )  # fmt: skip
+    else:
+        b_y = _sum(
+            p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
+            BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, SAME, WIDE, STAGES, SCALED, ASSEMBLY,
+        )  # fmt: skip
     if not SPLIT:
         _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
@@ -174,7 +188,7 @@ def _dequantize_kernel(
         i_group = 0 if GROUP == 0 else o_k // (GROUP * CHUNK)
         m_s = (o_n < N) & (tl.full([64], o_k, tl.int32) < K)
         b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
-        b_w = _weight(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, False, ASSEMBLY).to(tl.float32) * b_s[:, None]
+        b_w = weight_of(p_tile, b_z, b_s, BITS, code, CHUNK, DTYPE, False, ASSEMBLY).to(tl.float32) * b_s[:, None]
         tl.store(p_y + o_k, b_w.to(weight.dtype.element_ty), mask=(o_n < N)[:, None] & (o_k + o_c < K)[None, :])
 
 
@@ -207,6 +221,7 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
     workspace = Workspace(grid, config.rows * config.tokens)
+    ahead = config.ahead and (config.scaled or groups == 1)
     launch = Launch(
         _int4_matmul_kernel, grid,
         (tokens, rows, columns, weight.words.shape[1], steps, config.splits),
@@ -214,7 +229,7 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
             **constants, "HAS_BIAS": bias is not None, "RAGGED": columns % step != 0,
             "R": config.rows, "T": config.tokens, "UNROLL": config.unroll, "SPLIT": config.splits > 1,
             "STAGES": config.stages, "SCALED": config.scaled and groups > 1, "OVERLAP": config.overlap,
-            "JOINED": _JOINED if config.joined else 1,
+            "JOINED": _AHEAD if ahead else _JOINED if config.joined else 1, "AHEAD": ahead,
         },
         **config.options,
     )  # fmt: skip

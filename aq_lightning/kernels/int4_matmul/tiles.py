@@ -1,0 +1,67 @@
+"""A tile's packed weights, unpacked in registers, with the grids of its rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aq_lightning.kernels.int4_matmul.unpack import beside, operand, plane, start
+
+
+@triton.jit
+def grid_of_rows(p_scales, m):
+    """Scales and zero points of rows, float32 [R]; 0 where masked."""
+    b_word = tl.load(p_scales, mask=m, other=0)
+    return (b_word & -256).to(tl.float32, bitcast=True), (b_word & 255).to(tl.float32)
+
+
+@triton.jit
+def weight_of(
+    p_tile, b_z, b_s,
+    BITS: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """One chunk of columns of a tile, [R, CHUNK]."""
+    b_w = tl.load(p_tile + plane(BITS, CODE) * (64 * CHUNK))
+    b_next = b_w
+    if start(BITS, CODE) + BITS > 16:
+        b_next = tl.load(p_tile + (plane(BITS, CODE) + 1) * (64 * CHUNK))
+    return operand(b_w, b_next, b_z, b_s, BITS, CODE, DTYPE, SCALED, ASSEMBLY)
+
+
+@triton.jit
+def weights_of(
+    p_w, i_first, chunk, spans, b_z, b_s,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """WIDE chunks of columns side by side, [R, WIDE · CHUNK]; ``chunk`` is the first, counted from tile ``i_first``."""
+    if WIDE == 1:
+        p_tile = p_w + tl.minimum(i_first + chunk // CODES, spans - 1) * (PLANES * 64 * CHUNK)
+        return weight_of(p_tile, b_z, b_s, BITS, chunk % CODES, CHUNK, DTYPE, SCALED, ASSEMBLY)
+    else:
+        HALF: tl.constexpr = WIDE // 2
+        b_left = weights_of(
+            p_w, i_first, chunk, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
+        )
+        b_right = weights_of(
+            p_w, i_first, chunk + HALF, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
+        )
+        return beside(b_left, b_right)
+
+
+@triton.jit
+def scaled_weights(
+    p_w, scales, o_n, m_n, b_z, b_s, i_step, spans, N, K,
+    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    UNROLL: tl.constexpr, CODE: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """WIDE chunks of columns from number CODE of a step on, or of the next, times the scale of their group; b_z and b_s
+    if a whole row shares one, which is left to the sums."""
+    if GROUP != 0:
+        i_group = (i_step * (UNROLL * CODES) + CODE) // GROUP
+        m_s = m_n & (tl.full(o_n.shape, i_group * (GROUP * CHUNK), tl.int32) < K)
+        b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
+    return weights_of(
+        p_w, i_step * UNROLL, CODE, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, GROUP != 0, ASSEMBLY
+    )
