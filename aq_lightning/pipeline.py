@@ -146,7 +146,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                     calibrate(job, live, position, activations, streams, target, share)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                if known:  # otherwise the blocks hold just that already
+                if known or distributed.ranks() > 1:  # one alone holds just that already
                     live.install(_window(job, indices.start, str(job.device)))
                 streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
             live.release()
