@@ -138,16 +138,14 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
             live = LiveWindow(model, blocks, arguments, recipe, job.device)
             with observed(live.blocks, model.architecture.sites) as activations:
                 full = live.run(streams.full)  # what the full-precision model answers
-            known = job.journal.finished(indices.start)
-            if not known:
+            if not job.journal.finished(indices.start):
                 same_input = live.run(streams.quantized) if recipe.objective.same_input else None
                 target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
                 with quantized(live.blocks, recipe.scheme):
                     calibrate(job, live, position, activations, streams, target, share)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                if known or distributed.ranks() > 1:  # one alone holds just that already
-                    live.install(_window(job, indices.start, str(job.device)))
+                live.install(_window(job, indices.start, str(job.device)))
                 streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
             live.release()
             if job.guards.keep_streams and indices.start in following:

@@ -100,7 +100,7 @@ class Pairs:
         self._generator.set_state(self._before)
         order = list(self.share.batches(self._generator))[self._taken :]
         if self._upload is None:
-            batches = (Batch(_taken(self.inputs, own), _taken(self.targets, own), total) for own, total in order)
+            batches = (Batch(_samples(self.inputs, own), _samples(self.targets, own), total) for own, total in order)
         else:
             batches = one_ahead(order, self._start, self._finish)
         for batch in batches:
@@ -125,7 +125,7 @@ class Pairs:
         self._generator.set_state(state["generator"].cpu())
 
 
-def _taken(stream: Tensor, places: Tensor) -> Tensor:
+def _samples(stream: Tensor, places: Tensor) -> Tensor:
     """Samples of a stream; one alone is not copied. Indexing by a tensor, on a GPU, takes five times as long."""
     places = places.tolist()
     if len(places) <= 1:

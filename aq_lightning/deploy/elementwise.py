@@ -1,6 +1,6 @@
 """Norms and gates in one pass over memory each.
 
-transformers writes them in operations of PyTorch, of which each reads and writes all tokens: seven for a norm, two for
+transformers writes them in operations of PyTorch, most of which read and write all tokens: eight for a norm, two for
 a gate. A compiler joins them, but prompts are read as the model is written. What is replaced answers as before, but for
 roundings in between that are left out.
 """

@@ -20,7 +20,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 def is_gated_silu(module: nn.Module) -> bool:
     """Whether it computes ``down(silu(gate(x)) · up(x))`` of ``gate_proj``, ``up_proj`` and ``down_proj``, and calling
     it does nothing else."""
-    return _written_as(module, LlamaMLP.forward) and isinstance(module.act_fn, _SILU)
+    return _written_as(module, LlamaMLP.forward) and isinstance(module.act_fn, _SILU) and not _hooked(module.act_fn)
 
 
 def _written_as(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
@@ -28,4 +28,8 @@ def _written_as(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     own, known = getattr(type(module).forward, "__code__", None), forward.__code__
     parts = ("co_code", "co_names", "co_consts")
     alike = own is not None and all(getattr(own, part) == getattr(known, part) for part in parts)
-    return alike and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return alike and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)

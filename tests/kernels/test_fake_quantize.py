@@ -56,7 +56,7 @@ CASES = [(turn, *shape) for shape in SHAPES for turn in range(2 if shape == SHAP
 
 @pytest.mark.parametrize(("turn", "height", "width", "groups"), CASES, ids=str)
 def test_kernel_equals_the_plain_path(turn, height, width, groups) -> None:
-    """Four kinds of grids for each shape, so that all kinds meet both ways of shifting."""
+    """Four kinds of grids for each shape, two for the tallest: all kinds meet both ways of shifting."""
     bits, symmetric = KINDS[(turn + SHAPES.index((height, width, groups))) % len(KINDS)]
     rounding_only = bool(turn % 2)
     tensors = inputs(height, width, groups, torch.float32, True, True, True, True)

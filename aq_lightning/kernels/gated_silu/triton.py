@@ -23,7 +23,7 @@ def _gated_silu_kernel(gate, up, y, gate_stride, up_stride, N, BLOCK: tl.constex
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) · up`` of (M, N) whose rows lie anywhere, rounded once."""
+    """``silu(gate) · up`` of (M, N), rounded once; rows may lie apart, columns do not."""
     rows, columns = gate.shape
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     grid = rows, triton.cdiv(columns, _BLOCK)

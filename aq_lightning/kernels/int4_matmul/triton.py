@@ -78,8 +78,8 @@ def _sum_ahead(
     DTYPE: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_sum` where scales do not meet sums; the weights of a product are there before the one ahead of it
-    begins, so that tensor cores have work while the next are unpacked."""
+    """As :func:`_sum` where scales do not meet sums. Unpacking of the next weights does not depend on the product at
+    hand: the assembler may move it behind that product's start, and on sm90 does, so that tensor cores have work."""
     STEP: tl.constexpr = UNROLL * CODES
     b_y = tl.zeros([R, T], tl.float32)
     b_w = scaled_weights(
