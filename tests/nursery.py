@@ -68,6 +68,9 @@ def _live(line: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(order["environment"])
         code = _script(order["arguments"])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        raise
     finally:
         line.sendall(str(code).encode())
         os._exit(code)
