@@ -144,13 +144,15 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, across: str, up: str, log: bool) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # not in mathematical type, whose layout takes half of a report
+        axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def _name(axes: Axes, columns: int) -> None:
