@@ -126,7 +126,7 @@ class Pairs:
 
 
 def _samples(stream: Tensor, places: Tensor) -> Tensor:
-    """Samples of a stream; one alone is not copied. Indexing by a tensor, on a GPU, takes five times as long."""
+    """Samples of a stream; one alone is not copied. A GPU copies whole samples, and gathers numbers by a tensor."""
     places = places.tolist()
     if len(places) <= 1:
         return stream[places[0] : places[0] + 1] if places else stream[:0]

@@ -93,9 +93,8 @@ def _ends(
 
 @triton.jit
 def _at_ends(b_w, b_min, b_max, b_dmin, b_dmax):
-    """Gradients [R] of the least and the greatest weights, where these are, [R, C]."""
-    b_least = tl.where(b_w == b_min[:, None], b_dmin[:, None], 0.0)
-    return b_least + tl.where(b_w == b_max[:, None], b_dmax[:, None], 0.0)
+    """Gradients of the least and the greatest weights, where these are, like ``b_w``; the others broadcast to it."""
+    return tl.where(b_w == b_min, b_dmin, 0.0) + tl.where(b_w == b_max, b_dmax, 0.0)
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _fake_quantize_bwd_kernel(
                 low, high, d_low, d_high, o_range, m_row, b_ds, b_dz, b_at_min, b_at_max, b_min, b_max, b_s, b_y, b_ok,
                 b_zr, LEVELS, SYMMETRIC,
             )  # fmt: skip
-            b_dw += _at_ends(b_w, b_min, b_max, b_dmin, b_dmax)
+            b_dw += _at_ends(b_w, b_min[:, None], b_max[:, None], b_dmin[:, None], b_dmax[:, None])
         else:
             tl.store(sums + o_sum * 3, b_ds, mask=m_row)
             tl.store(sums + o_sum * 3 + 1, b_dz, mask=m_row)
@@ -206,9 +205,9 @@ def _at_ends_kernel(
         b_r = tl.load(rows + i_row) if HAS_ROWS else 1.0
         b_v = tl.load(value + o_w, mask=m, other=0.0).to(tl.float32)
         b_w = b_v * b_r * b_c
-        b_least = tl.where(b_w == tl.load(found + o_range * 4), tl.load(d_ends + o_range * 2), 0.0)
-        b_most = tl.where(b_w == tl.load(found + o_range * 4 + 1), tl.load(d_ends + o_range * 2 + 1), 0.0)
-        b_dw = tl.where(m, b_least + b_most, 0.0)
+        b_min, b_max = tl.load(found + o_range * 4), tl.load(found + o_range * 4 + 1)
+        b_dmin, b_dmax = tl.load(d_ends + o_range * 2), tl.load(d_ends + o_range * 2 + 1)
+        b_dw = tl.where(m, _at_ends(b_w, b_min, b_max, b_dmin, b_dmax), 0.0)
         if NEEDS_VALUE:
             b_before = tl.load(d_value + o_w, mask=m, other=0.0)
             tl.store(d_value + o_w, b_before + b_dw * b_r * b_c, mask=m)
