@@ -26,6 +26,8 @@ from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import Group, SiteShape
 from aq_lightning.transforms.online import Operation
 
+_SQUARINGS = 30  # of a matrix whose greatest eigenvalue is sought
+
 
 class Map(NamedTuple):
     """Both directions of ``x' = (x − δ) A⁻¹``; each acts on the last dimension, (…, channels) → (…, channels)."""
@@ -184,7 +186,28 @@ def condition_number(matrix: Tensor) -> Tensor:
     """The worst of (…, size, size) in the spectral norm; infinite if anything is not finite."""
     if not bool(torch.isfinite(matrix).all()):
         return matrix.new_tensor(float("inf"))
-    return torch.linalg.cond(matrix).max()
+    return torch.linalg.cond(matrix).max() if matrix.device.type == "cpu" else condition_by_products(matrix).max()
+
+
+def condition_by_products(matrix: Tensor) -> Tensor:
+    """``‖A‖₂ ‖A⁻¹‖₂`` of each of (…, size, size) → (…), infinite where there is no inverse.
+
+    A GPU computes the singular values of one matrix after another, but multiplies all at once.
+    """
+    inverse, failed = torch.linalg.inv_ex(matrix)
+    return (_spectral_norm(matrix) * _spectral_norm(inverse)).masked_fill(failed != 0, float("inf"))
+
+
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """``‖A‖₂`` of each of (…, size, size) → (…): the root of ``ρ(G) = lim tr(Gᵐ)^(1/m)`` for ``G = Aᵀ A``, which at
+    ``m = 2³⁰`` is too great by ``ln(size) / m``, relatively."""
+    power, logarithm = matrix.mT @ matrix, matrix.new_zeros(matrix.shape[:-2])
+    for exponent in range(_SQUARINGS + 1):
+        trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)  # (…)
+        logarithm = logarithm + trace.log() / 2**exponent
+        power = power / trace[..., None, None]
+        power = power @ power
+    return (logarithm / 2).exp()
 
 
 def _chain(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:

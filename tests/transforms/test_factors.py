@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from aq_lightning.errors import RequestError
 from aq_lightning.models.sites import SiteShape
 from aq_lightning.transforms import Affine, Diagonal, Factor, PairScale, RopePair, Shift, SiteStatistics, Transform
 from aq_lightning.transforms.affine import band_width, gradual_mask
+from aq_lightning.transforms.base import condition_by_products
 
 SHAPE = SiteShape(2, 6)
 FACTORS = [Diagonal, Affine, RopePair, PairScale]
@@ -147,6 +149,16 @@ def test_condition_number(kind: type[Factor]) -> None:
     factor = scrambled(kind)
     worst = max(float(torch.linalg.cond(block)) for block in blocks_of(explicit(factor)))
     assert float(factor.condition()) == pytest.approx(worst, rel=1e-10) and worst > 1.1
+
+
+@pytest.mark.parametrize("least", [1, 1e-3, 1e-6])
+def test_condition_by_products_is_that_by_singular_values(least: float) -> None:
+    sides = torch.linalg.qr(torch.randn(2, 3, 24, 24, dtype=torch.float64))[0]
+    values = torch.logspace(0, math.log10(least), 24, dtype=torch.float64) * torch.tensor([[1e-9], [1], [1e9]])
+    matrix = sides[0] * values[:, None] @ sides[1]
+    assert condition_by_products(matrix).tolist() == pytest.approx([1 / least] * 3, rel=1e-8)
+    matrix[1, :, 5] = 0
+    assert condition_by_products(matrix)[1] == math.inf and condition_by_products(matrix)[0] < math.inf
 
 
 @pytest.mark.parametrize("block, matrices", [(None, (2, 6)), (4, (3, 4)), (12, (1, 12)), (1, (12, 1))])
