@@ -4,7 +4,8 @@ Weights are random, in the shape of a well-known model, rounded to nearest; the 
 weights. Both run through the same static key–value cache, torch.compile and CUDA graph
 (``aq_lightning.deploy.Generator``); the float16 model is transformers' own, with its linears as they are. Before
 anything is timed, packed logits must be near the float16 ones; where activations are rounded, which random layers
-magnify one after the other, logits must be finite and what the first layer adds be near. Results are written after
+magnify one after the other, logits must be finite, and what the first layer adds be near what the float16 layer adds
+whose linears read rounded activations. Results are written after
 every measurement, and no measurement begins once ``--seconds`` have passed.
 
     python benchmarks/generation.py --out generation.json
@@ -19,8 +20,12 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +34,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from aq_lightning.deploy import Int4Linear, fuse
 from aq_lightning.deploy.decoding import Decoder, Sampling, Shape, Way
 from aq_lightning.qtensor import QTensor, encode, grid_of
-from aq_lightning.scheme import Scheme
+from aq_lightning.quantizers.activations import quantize_tokens
+from aq_lightning.scheme import Grid, Scheme
 from aq_lightning.transforms.kronecker import divided
 from aq_lightning.transforms.online import HeadProduct, KroneckerProduct, Operation, TokenClip, carry
 
@@ -90,7 +96,11 @@ def products(carrier: str, columns: int, heads: int) -> tuple[Operation, Operati
     return there, back
 
 
-def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> PreTrainedModel:
+Inputs = dict[str, Callable[[Tensor], Tensor]]
+"""Linear of the first layer → what packed kernels make of what it reads, in the full model's coordinates."""
+
+
+def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> tuple[PreTrainedModel, Inputs]:
     """The model with packed linears, all else shared; the full one gets the rounded weights.
 
     Args:
@@ -100,6 +110,7 @@ def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> PreTrai
     """
     with torch.device("meta"):
         packed = AutoModelForCausalLM.from_config(full.config, dtype=full.dtype).eval()
+    inputs: Inputs = {}
     for index, layer in enumerate(full.model.layers):
         for carrier, readers in READERS.items():
             there, back = products(
@@ -112,6 +123,8 @@ def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> PreTrai
                 dense = weight.dequantize(torch.float32)
                 linear.weight.copy_(back(dense) if online else dense)
                 packed.model.layers[index].set_submodule(reader, Int4Linear.of(weight, scheme))
+                if index == 0 and scheme.activation is not None:
+                    inputs[reader] = partial(read, scheme.activation, (there, back) if online else None)
             if online:
                 clip = TokenClip(clip=torch.ones(2)).to(full.device)
                 carry(packed.model.layers[index].get_submodule(carrier), [there.to(full.dtype), clip.to(full.dtype)])
@@ -119,7 +132,15 @@ def packed_model(full: PreTrainedModel, scheme: Scheme, online: bool) -> PreTrai
         parent, _, leaf = name.rpartition(".")
         if not isinstance(packed.get_submodule(parent), Int4Linear):
             setattr(packed.get_submodule(parent), leaf, tensor)
-    return fuse(packed.requires_grad_(False))
+    return fuse(packed.requires_grad_(False)), inputs
+
+
+def read(grid: Grid, products: tuple[Operation, Operation] | None, x: Tensor) -> Tensor:
+    """What a packed linear makes of (…, K), its product undone: float32 in between."""
+    if products is None:
+        return quantize_tokens(x, grid)
+    there, back = products
+    return back(quantize_tokens(there(x.float()), grid)).to(x.dtype)
 
 
 def gibibytes(model: nn.Module) -> float:
@@ -128,32 +149,38 @@ def gibibytes(model: nn.Module) -> float:
 
 
 def tolerance(scheme: Scheme) -> float:
-    """Greatest relative :func:`difference`."""
-    return 3e-2 if scheme.activation is None else 8 / 2**scheme.activation.bits
+    """Greatest relative :func:`difference`: products in float16; and where activations are rounded, a token's greatest
+    value, half-way between two integers, which other orders of sums take to either."""
+    return 3e-2 + (0 if scheme.activation is None else 1 / 2**scheme.activation.bits)
 
 
 @torch.no_grad()
-def difference(full: PreTrainedModel, packed: PreTrainedModel, rounds: bool) -> float:
+def difference(full: PreTrainedModel, packed: PreTrainedModel, inputs: Inputs) -> float:
     """Relative difference from the full model, of a prompt long enough for one kernel and short enough for another.
 
-    Of logits; or where activations are rounded, which the full model's are not and which layer upon layer magnifies, of
-    what the first layer adds.
+    Of logits; or where activations are rounded, which layer upon layer magnifies, of what the first layer adds.
     """
     ids = torch.randint(full.config.vocab_size, (1, 80), device=full.device)
     errors = []
     for tokens in (ids, ids[:, :1]):
         logits = packed(tokens).logits
-        expected, actual = (added(full, tokens), added(packed, tokens)) if rounds else (full(tokens).logits, logits)
+        expected, actual = (full(tokens).logits, logits) if not inputs else (
+            added(full, tokens, inputs), added(packed, tokens)
+        )  # fmt: skip
         error = float((actual.float() - expected.float()).norm() / expected.float().norm())
         errors.append(error if logits.isfinite().all() and error == error else float("inf"))
     return max(errors)
 
 
-def added(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the first layer adds to the embeddings of tokens."""
-    hidden = model.model.embed_tokens(tokens)
+def added(model: PreTrainedModel, tokens: Tensor, inputs: Mapping[str, Callable] = MappingProxyType({})) -> Tensor:
+    """What the first layer adds to the embeddings of tokens, its linears reading what ``inputs`` makes of theirs."""
+    hidden, layer = model.model.embed_tokens(tokens), model.model.layers[0]
     places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return model.model.layers[0](hidden, position_embeddings=model.model.rotary_emb(hidden, places)) - hidden
+    with ExitStack() as hooks:
+        for name, function in inputs.items():
+            hook = layer.get_submodule(name).register_forward_pre_hook(lambda _, x, f=function: (f(x[0]),))
+            hooks.callback(hook.remove)
+        return layer(hidden, position_embeddings=model.model.rotary_emb(hidden, places)) - hidden
 
 
 def first_token(decoder: Decoder, ids: Tensor) -> float:
@@ -260,8 +287,8 @@ def main() -> None:
     for name in given.schemes:
         scheme = Scheme.parse(name)
         rounds = scheme.activation is not None
-        packed = packed_model(full, scheme, given.online and rounds)
-        error, far = difference(full, packed, rounds), tolerance(scheme)
+        packed, inputs = packed_model(full, scheme, given.online and rounds)
+        error, far = difference(full, packed, inputs), tolerance(scheme)
         notes[f"{name}: difference"] = error
         print(f"{name}: answers differ by {error:.1e} ({'in' if error <= far else 'OUT OF'} tolerance {far}); "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
