@@ -133,6 +133,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
     first, streams = _where_to_go_on(job, starts, streams)
     ahead = [indices for indices in plan if indices.start >= first]
     with Keeper(job.journal) as keeper:
+        began = time.monotonic()
         for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
             position = Position(indices.start, plan.index(indices), len(plan))
             live = LiveWindow(model, blocks, arguments, recipe, job.device)
@@ -142,7 +143,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                 same_input = live.run(streams.quantized) if recipe.objective.same_input else None
                 target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
                 with quantized(live.blocks, recipe.scheme):
-                    calibrate(job, live, position, activations, streams, target, share)
+                    began = calibrate(job, live, position, activations, streams, target, share, began)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
                 live.install(_window(job, indices.start, str(job.device)))
@@ -159,8 +160,7 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
     kept = job.journal.kept(starts)
     if kept is None:
         return starts[0], entering
-    start, streams = kept
-    store = job.recipe.streams.store
+    (start, streams), store = kept, job.recipe.streams.store
     return start, Streams(store(streams.full, job.device), store(streams.quantized, job.device))
 
 
@@ -172,7 +172,8 @@ def calibrate(
     streams: Streams,
     target: Tensor,
     share: Share,
-) -> None:
+    began: float,
+) -> float:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
     Args:
@@ -183,8 +184,8 @@ def calibrate(
         streams: what enters the window, (samples, length, hidden) each.
         target: what to answer, same shape.
         share: which samples these are.
+        began: when the window before it was done, the clock's seconds; returned for this one.
     """
-    began = time.monotonic()
     reset_peak_memory(job.device)
     scratch, inputs = job.journal.scratch(position.index), streams.quantized
     inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
@@ -219,11 +220,13 @@ def calibrate(
         "margin": margins,
         "reach": reach,
         "effective_bits": effective_bits(merged),
-        "seconds": time.monotonic() - began,
+        "seconds": (ended := time.monotonic()) - began,
+        "training_seconds": result.seconds,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
     job.tell(position, metrics)
+    return ended
 
 
 def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Arguments], samples: int) -> None:
@@ -272,8 +275,7 @@ def export(job: Job) -> None:
     recipe, model = job.recipe, job.pretrained
     if job.journal.exported():
         return
-    gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
-    config = {**model.config(), **dict.fromkeys(gained, True)}
+    config = model.config() | dict.fromkeys(switches(model.blocks[0], model.architecture, model.heads, recipe), True)
     limit = 4 * sum(each.numel() for each in model.blocks[0].parameters())  # bytes: what calibration took at least
     form = formats.named("compressed-tensors", recipe.layout)
     with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:

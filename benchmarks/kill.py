@@ -31,7 +31,7 @@ EVENTS = ("write", "fsync", "replace", "rename", "mkdir")
 """Functions of ``os`` whose calls are counted; optimizer steps are counted too."""
 TENSORS = ("checkpoint/*", "blocks/*/weights.safetensors", "blocks/*/transforms.safetensors", "tuning/*.safetensors")
 """Files of a run that must come out the same."""
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "training_seconds", "peak_memory_bytes")
 """What differs from run to run."""
 
 

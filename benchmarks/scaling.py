@@ -5,9 +5,9 @@
 Models of a few blocks in the shapes of well-known ones, with random weights, are written as safetensors and calibrated
 by ``train.py fit`` with configs/affinequant.yaml, up to the last block: what follows, the checkpoint, is written by one
 process whatever their number. Runs on one device go side by side, one model to a GPU; runs on several have the machine
-for themselves. Times are those of the blocks behind the first, which also compiles. Then a tiny model is calibrated on
-the greatest number of devices, each of its processes is killed once, and the bytes are compared with those of a run
-that was left alone. ``scaling.json`` and ``scaling.md`` are written after every result.
+for themselves. Times are from one block's commit to the next; the first block, which also compiles, is left out. Then a
+tiny model is calibrated on the greatest number of devices, each of its processes is killed once, and the bytes are
+compared with those of a run that was left alone. ``scaling.json`` and ``scaling.md`` are written after every result.
 
 Of two results, the losses before training show how well the statistics agree, those after it how well the whole does:
 where a gradient is nearly 0, Adam's steps follow the sign of its rounding error.
@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ class Row:
     shape: str
     devices: int
     block_seconds: float
-    """Median of the blocks behind the first: fit, candidates, rounding and commit."""
+    """From one block's commit to the next, the median: everything that a block costs."""
+    step_seconds: float
+    """Of them, in optimizer steps."""
     gpu_gib: float
     """Greatest peak over the processes."""
     host_gib: float
@@ -69,6 +72,8 @@ class Size:
     batch: int
     group: int
     """Input channels that share a scale."""
+    place: str
+    """Where streams lie."""
 
 
 class Command:
@@ -195,7 +200,8 @@ def arguments(model: Path, size: Size, devices: int, gpu: bool) -> list[str]:
         f"--model.scheme=w4a16g{size.group}", f"--model.batch_size={size.batch}", f"--data.source={model / 'text.txt'}",
         f"--data.samples={size.samples}", f"--data.length={size.length}", "--data.evaluation_samples=1",
         f"--data.cache_dir={model / 'cache'}", f"--trainer.max_epochs={size.epochs}", "--save_every=0",
-        f"--trainer.accelerator={'gpu' if gpu else 'cpu'}", f"--trainer.devices={devices}",
+        f"--model.streams.place={size.place}", f"--trainer.accelerator={'gpu' if gpu else 'cpu'}",
+        f"--trainer.devices={devices}",
     ]  # fmt: skip
 
 
@@ -213,9 +219,11 @@ def measured(shape: str, devices: int, run: Path, count: int, command: Command, 
     """Waits for a run's last block and reads what it measured."""
     seconds = command.reach(metrics_of(run, count - 1), deadline)
     blocks = blocks_of(run, count)
-    times = [block["seconds"] for block in blocks[1:]] or [blocks[0]["seconds"]]
-    peak = max(block["peak_memory_bytes"] for block in blocks)
-    return Row(shape, devices, statistics.median(times), peak / 2**30, sum(command.peaks.values()) / 2**30, seconds)
+    commits = [metrics_of(run, block).stat().st_mtime for block in range(count)]
+    times = [after - before for before, after in pairwise(commits)] or [blocks[0]["seconds"]]
+    steps = statistics.median(block["training_seconds"] for block in blocks[1:] or blocks)
+    peak, host = max(block["peak_memory_bytes"] for block in blocks), sum(command.peaks.values())
+    return Row(shape, devices, statistics.median(times), steps, peak / 2**30, host / 2**30, seconds)
 
 
 def difference(one: Path, other: Path, count: int) -> dict[str, float]:
@@ -263,16 +271,17 @@ def report(
     rows: Sequence[Row], differences: Sequence[dict], killed: dict | None, notes: Sequence[str]
 ) -> Iterator[str]:
     """Markdown."""
-    yield "| shape | devices | s a block | speed-up | GPU GiB | host GiB | s in all | loss before | after | words |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    names = ["shape", "devices", "s a block", "in steps", "speed-up", "GPU GiB", "host GiB", "s in all", "loss before"]
+    yield f"| {' | '.join([*names, 'after', 'words'])} |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         one = next((each for each in rows if (each.shape, each.devices) == (row.shape, 1)), None)
         speed = f"{one.block_seconds / row.block_seconds:.2f}" if one is not None else "–"
         key = {"shape": row.shape, "devices": row.devices}
         apart = next((each for each in differences if key.items() <= each.items()), None)
         ends = " | ".join(f"{apart[name]:.1e}" for name in ("before", "after", "words")) if apart else "– | – | –"
-        yield (f"| {row.shape} | {row.devices} | {row.block_seconds:.1f} | {speed} | {row.gpu_gib:.1f} | "
-               f"{row.host_gib:.1f} | {row.run_seconds:.0f} | {ends} |")  # fmt: skip
+        yield (f"| {row.shape} | {row.devices} | {row.block_seconds:.1f} | {row.step_seconds:.1f} | {speed} | "
+               f"{row.gpu_gib:.1f} | {row.host_gib:.1f} | {row.run_seconds:.0f} | {ends} |")  # fmt: skip
     if killed is not None:
         yield ""
         yield (f"Each of {killed['devices']} processes killed once: {'the same' if killed['same bytes'] else 'OTHER'} "
@@ -313,7 +322,7 @@ class Bench:
     def size(self, name: str) -> Size:
         """Of a shape's model."""
         o, group = self.options, math.gcd(128, SHAPES[name].hidden)
-        return Size(o.blocks, o.samples, o.length, o.epochs, o.batch, group)
+        return Size(o.blocks, o.samples, o.length, o.epochs, o.batch, group, o.place)
 
     def alone(self, sizes: dict[str, Size]) -> None:
         """One device each, as many at once as there are GPUs."""
@@ -378,6 +387,7 @@ def _main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--place", choices=("device", "host"), default="device", help="of the streams")
     parser.add_argument("--seconds", type=float, default=330)
     parser.add_argument("--skip_deaths", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("scaling"))

@@ -50,6 +50,7 @@ def test_plan_is_what_the_run_does(
     assert bits == pytest.approx(results["rows"][-1]["bits"], abs=1e-3)
     assert size(text, "result") == pytest.approx(used(run / "checkpoint"), rel=0.25)
     assert size(text, "blocks") == pytest.approx(used(run / "blocks"), rel=0.25)
+    assert all(0 < block["training_seconds"] < block["seconds"] for block in results["blocks"])
     peak = max(block["peak_memory_bytes"] for block in results["blocks"])
     assert size(text, "host memory") == pytest.approx(peak, rel=0.25)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,8 @@ class Fit:
     """Objective over all samples, by outcome."""
     causes: tuple[Cause, ...]
     """Why attempts were stopped, in order."""
+    seconds: float
+    """Of all training."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Fitting:
         loader: Callable[[], Pairs],
     ) -> None:
         self.live, self.position, self.activations = live, position, activations
-        self.data, self.trainer, self.loader = data, trainer, loader
+        self.data, self.trainer, self.loader, self.seconds = data, trainer, loader, 0.0
         plain = self.module(live.attach(activations, data[0]))
         self.start = self.candidate("start", plain, plain.state())
 
@@ -109,7 +112,7 @@ class _Fitting:
         for block in best.module.blocks:
             block.claim()
         losses = {each.outcome: each.loss for each in sorted(candidates, key=lambda each: -each.loss)}
-        return Fit(best.module, best.outcome, attempts, losses, tuple(causes))
+        return Fit(best.module, best.outcome, attempts, losses, tuple(causes), self.seconds)
 
     def train(self, opening: float) -> tuple[list[_Candidate], list[Cause]]:
         """Attempts until one is not stopped: what they leave, and why those before it were stopped."""
@@ -117,7 +120,9 @@ class _Fitting:
         for caution in _CAUTION:
             attached = self.live.attach(self.activations, self.data[0])
             module = self.module(attached, caution, opening * caution, _EXPLODED * self.start.loss)
-            self.trainer().fit(module, self.loader())
+            began = time.monotonic()
+            self.trainer().fit(module, self.loader())  # waits for its last epoch's loss
+            self.seconds += time.monotonic() - began
             module.to(self.live.device)
             if module.cause is None:
                 candidates.append(self.candidate("trained", module, module.state()))
