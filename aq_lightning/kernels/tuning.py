@@ -33,12 +33,11 @@ _WRONG = 1e-2  # relative error at which a configuration does not count: roundin
 def candidates(product: Product) -> list[Config]:
     """Configurations worth measuring for a product."""
     found = [
-        Config(rows, tokens, unroll, splits, stages, warps, scaled, joined=joined, ahead=ahead)
+        Config(rows, tokens, unroll, splits, stages, warps, scaled, joined=joined)
         for tokens, blocks, depths, scalings in _kinds(product.tokens)
         for (rows, warps), (unroll, stages), scaled in combinations(blocks, depths, scalings)
-        for joined, ahead in ((False, False), (True, False), (False, True))
+        for joined in (False, True)
         if warps % 4 == 0 or not joined
-        if (scaled and warps % 4 == 0 and product.activation_bits == 16) or not ahead
         for splits in (1, 2, 3, 4, 6, 8)
         if _sensible(product, rows, tokens, unroll, splits, warps)
     ]

@@ -39,9 +39,6 @@ class Config:
     """Whether it starts before the kernel ahead has ended; Hopper."""
     joined: bool = False
     """Whether chunks that share a scale are one product, so that tensor cores are waited for once, not for each."""
-    ahead: bool = False
-    """Whether weights are unpacked while tensor cores multiply those before them, half a tile at a time whatever
-    ``joined`` says; where scales do not meet sums of groups, and not for rounded activations."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 
@@ -102,8 +99,7 @@ def shared(config: Config, product: Product) -> int:
     """Bytes of shared memory that a block takes, about: two bytes an activation, as if none were rounded."""
     columns = config.unroll * min(256, 32 * tiling(product.bits)[0])
     weights = config.rows * (columns * product.bits // 8 + 4)
-    held = 2 * config.stages if config.ahead else config.stages - 1  # ahead: of this tile and of the next
-    return held * weights + config.stages * config.tokens * columns * 2
+    return (config.stages - 1) * weights + config.stages * config.tokens * columns * 2
 
 
 def save(entries: list[tuple[Product, Config]], path: Path) -> None:

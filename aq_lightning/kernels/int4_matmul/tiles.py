@@ -48,20 +48,3 @@ def weights_of(
             p_w, i_first, chunk + HALF, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, HALF, DTYPE, SCALED, ASSEMBLY
         )
         return beside(b_left, b_right)
-
-
-@triton.jit
-def scaled_weights(
-    p_w, scales, o_n, m_n, b_z, b_s, i_step, spans, N, K,
-    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    UNROLL: tl.constexpr, CODE: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """WIDE chunks of columns from number CODE of a step on, or of the next, times the scale of their group; b_z and b_s
-    if a whole row shares one, which is left to the sums."""
-    if GROUP != 0:
-        i_group = (i_step * (UNROLL * CODES) + CODE) // GROUP
-        m_s = m_n & (tl.full(o_n.shape, i_group * (GROUP * CHUNK), tl.int32) < K)
-        b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
-    return weights_of(
-        p_w, i_step * UNROLL, CODE, spans, b_z, b_s, BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, GROUP != 0, ASSEMBLY
-    )

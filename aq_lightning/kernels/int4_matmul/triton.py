@@ -15,13 +15,12 @@ from torch import Tensor
 from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, scaled_weights, weight_of, weights_of
+from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, weight_of, weights_of
 from aq_lightning.kernels.int4_matmul.unpack import common, together
 from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands, tiling
 
 _JOINED = 4  # chunks of one product at most: their operands fill a quarter of a thread's registers
-_AHEAD = 2  # where two products' operands are there at once
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -33,13 +32,6 @@ def _settled(b_sum, CARRIED: tl.constexpr):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_sum], tl.float32, True, 1)
     else:
         return b_sum
-
-
-@triton.jit
-def _activations(p_x, o_k, o_in, m_m, K, RAGGED: tl.constexpr):
-    """Columns from ``o_k`` on of a tile of x, [len(o_in), T]."""
-    m_x = m_m[None, :] & (o_k + o_in < K)[:, None] if RAGGED else m_m[None, :]
-    return tl.load(p_x + o_k, mask=m_x, other=0.0)
 
 
 @triton.jit
@@ -60,7 +52,9 @@ def _sum(
                 b_s, b_z = grid_of_rows(scales + i_group * N + o_n, m_s)
             b_sum = b_y if GROUP == 0 or SCALED else tl.zeros([R, T], tl.float32)
             for chunk in tl.static_range(begin, begin + SAME, WIDE):
-                b_x = _activations(p_x, (i_step * STEP + chunk) * CHUNK, o_in, m_m, K, RAGGED)
+                o_k = (i_step * STEP + chunk) * CHUNK
+                m_x = m_m[None, :] & (o_k + o_in < K)[:, None] if RAGGED else m_m[None, :]
+                b_x = tl.load(p_x + o_k, mask=m_x, other=0.0)  # [WIDE · CHUNK, T]
                 b_w = weights_of(
                     p_w, i_step * UNROLL, chunk, spans, b_z, b_s,
                     BITS, PLANES, CODES, CHUNK, WIDE, DTYPE, SCALED, ASSEMBLY,
@@ -68,33 +62,6 @@ def _sum(
                 b_sum = tl.dot(b_w, b_x, b_sum)
             b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
         b_y = _settled(b_y, ASSEMBLY and (GROUP == 0 or SCALED))
-    return b_y
-
-
-@triton.jit
-def _sum_ahead(
-    p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
-    BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    DTYPE: tl.constexpr, RAGGED: tl.constexpr, R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_sum` where scales do not meet sums. Unpacking of the next weights does not depend on the product at
-    hand: the assembler may move it behind that product's start, and on sm90 does, so that tensor cores have work."""
-    STEP: tl.constexpr = UNROLL * CODES
-    b_y = tl.zeros([R, T], tl.float32)
-    b_w = scaled_weights(
-        p_w, scales, o_n, m_n, b_z, b_s, first, spans, N, K,
-        BITS, PLANES, CODES, CHUNK, GROUP, UNROLL, 0, WIDE, DTYPE, ASSEMBLY,
-    )  # fmt: skip
-    for i_step in tl.range(first, last, num_stages=STAGES):
-        for chunk in tl.static_range(0, STEP, WIDE):
-            b_x = _activations(p_x, (i_step * STEP + chunk) * CHUNK, o_in, m_m, K, RAGGED)
-            b_next = scaled_weights(
-                p_w, scales, o_n, m_n, b_z, b_s, i_step, spans, N, K,
-                BITS, PLANES, CODES, CHUNK, GROUP, UNROLL, chunk + WIDE, WIDE, DTYPE, ASSEMBLY,
-            )  # fmt: skip
-            b_y = _settled(tl.dot(b_w, b_x, b_y), ASSEMBLY)
-            b_w = b_next
     return b_y
 
 
@@ -125,13 +92,12 @@ def _int4_matmul_kernel(
     BITS: tl.constexpr, PLANES: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, AHEAD: tl.constexpr, ASSEMBLY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr, ASSEMBLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile [R, T] of Yᵀ, R rows of the weight and T tokens, over ``steps`` steps of UNROLL tiles of columns.
 
     GROUP: chunks that share a scale, 0 if a whole row does. SCALED: scales meet the weight, not the sums. JOINED:
-    chunks of one product at most. AHEAD: see :func:`_sum_ahead`.
+    chunks of one product at most.
     """
     SAME: tl.constexpr = common(GROUP, UNROLL * CODES)  # chunks of a step that share a scale
     WIDE: tl.constexpr = together(SAME, JOINED)
@@ -147,16 +113,10 @@ def _int4_matmul_kernel(
     b_s, b_z = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if GROUP == 0:
         b_s, b_z = grid_of_rows(scales + o_n, m_n)
-    if AHEAD:
-        b_y = _sum_ahead(
-            p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
-            BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, WIDE, STAGES, ASSEMBLY,
-        )  # fmt: skip
-    else:
-        b_y = _sum(
-            p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
-            BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, SAME, WIDE, STAGES, SCALED, ASSEMBLY,
-        )  # fmt: skip
+    b_y = _sum(
+        p_w, p_x, scales, o_n, o_in, m_n, m_m, b_z, b_s, first, last, spans, N, K,
+        BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, SAME, WIDE, STAGES, SCALED, ASSEMBLY,
+    )  # fmt: skip
     if not SPLIT:
         _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
@@ -221,7 +181,6 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
     workspace = Workspace(grid, config.rows * config.tokens)
-    ahead = config.ahead and (config.scaled or groups == 1)
     launch = Launch(
         _int4_matmul_kernel, grid,
         (tokens, rows, columns, weight.words.shape[1], steps, config.splits),
@@ -229,7 +188,7 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
             **constants, "HAS_BIAS": bias is not None, "RAGGED": columns % step != 0,
             "R": config.rows, "T": config.tokens, "UNROLL": config.unroll, "SPLIT": config.splits > 1,
             "STAGES": config.stages, "SCALED": config.scaled and groups > 1, "OVERLAP": config.overlap,
-            "JOINED": _AHEAD if ahead else _JOINED if config.joined else 1, "AHEAD": ahead,
+            "JOINED": _JOINED if config.joined else 1,
         },
         **config.options,
     )  # fmt: skip

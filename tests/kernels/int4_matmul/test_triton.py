@@ -58,8 +58,6 @@ CONFIGS = [
     Config(64, 16, joined=True),
     Config(64, 16, splits=2, scaled=True, joined=True),
     Config(32, 8, unroll=2, joined=True),
-    Config(64, 16, scaled=True, ahead=True),
-    Config(32, 8, unroll=2, splits=2, scaled=True, ahead=True),
     Config(dequantize=True),
 ]
 
@@ -96,13 +94,9 @@ def test_every_width_of_codes(bits, scaled, answer) -> None:
     (3, Config(32, 8, joined=True)),
     (4, Config(32, 8, unroll=2, scaled=True, joined=True)),
     (8, Config(32, 8, unroll=2, joined=True)),
-    (2, Config(64, 16, scaled=True, ahead=True)),
-    (3, Config(32, 8, scaled=True, ahead=True)),
-    (4, Config(32, 8, splits=3, ahead=True)),
-    (8, Config(32, 8, unroll=2, scaled=True, ahead=True)),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("size", [128, None])
-def test_chunks_that_are_joined_or_unpacked_ahead(bits, config, size, answer) -> None:
+def test_joined_chunks_of_one_tile_and_of_two(bits, config, size, answer) -> None:
     weight = random_weight(70, 384, bits, size, False, torch.float16)
     x, _ = inputs(3, weight, torch.float16)
     packed = operands(weight)
