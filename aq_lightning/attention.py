@@ -14,6 +14,7 @@ from copy import copy
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ALL
 
 from aq_lightning.errors import RequestError
@@ -35,6 +36,8 @@ class Heads(NamedTuple):
 
 
 Hook = Callable[[Heads], Heads]
+Function = Callable[..., tuple[Tensor, Tensor | None]]
+"""(module, query, key, value, mask, …) → (batch, tokens, query heads, size), and weights or None."""
 
 _NAME = "aq_lightning"
 _KINDS = ("eager", "sdpa")
@@ -50,7 +53,7 @@ class Handle:
         """Leaves the module as it was before."""
         module = self._module
         module.attention_hooks = [hook for hook in module.attention_hooks if hook is not self._hook]
-        if not module.attention_hooks:
+        if not module.attention_hooks and module.attention_function is _function(module, module.plain_config):
             module.config = module.plain_config
 
 
@@ -60,13 +63,23 @@ def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Hand
     Raises:
         RequestError: attention runs by a function that is not known here.
     """
-    hooks = vars(module).get("attention_hooks", [])
-    if not hooks:
-        module.attention_function = _function(module)
-        module.plain_config, module.config = module.config, copy(module.config)
-        module.config._attn_implementation = _NAME
+    _redirect(module)
+    hooks = module.attention_hooks
     module.attention_hooks = [hook, *hooks] if prepend else [*hooks, hook]
     return Handle(module, hook)
+
+
+def replace_sdpa(module: nn.Module, function: Function) -> None:
+    """Makes an attention module that multiplies by PyTorch's function do so by another, behind the hooks it has."""
+    kind = module.config._attn_implementation
+    if (module.attention_function if kind == _NAME else _ALL.get(kind)) is sdpa():
+        _redirect(module)
+        module.attention_function = function
+
+
+def sdpa() -> Function:
+    """What multiplies by PyTorch's ``scaled_dot_product_attention``."""
+    return _ALL["sdpa"]
 
 
 def attentions(module: nn.Module) -> list[nn.Module]:
@@ -74,9 +87,17 @@ def attentions(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if type(part).__name__.endswith("Attention") and "config" in vars(part)]
 
 
-def _function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What a module multiplies queries, keys and values with."""
-    kind = module.config._attn_implementation or "eager"
+def _redirect(module: nn.Module) -> None:
+    """Makes the module call :func:`_attend`, if it does not."""
+    if module.config._attn_implementation != _NAME:
+        module.attention_hooks, module.attention_function = [], _function(module, module.config)
+        module.plain_config, module.config = module.config, copy(module.config)
+        module.config._attn_implementation = _NAME
+
+
+def _function(module: nn.Module, config: PreTrainedConfig) -> Function:
+    """What a module multiplies queries, keys and values with, as a configuration says."""
+    kind = config._attn_implementation or "eager"
     if kind not in _KINDS:
         raise RequestError(
             f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {kind!r}: load the model with one of "
