@@ -1,8 +1,8 @@
-"""Norms and gates in one pass over memory each.
+"""Norms, gates and rotary embeddings in one pass over memory each.
 
 transformers writes them in operations of PyTorch, most of which read and write all tokens: eight for a norm, two for
-a gate. A compiler joins them, but prompts are read as the model is written. What is replaced answers as before, but for
-roundings in between that are left out.
+a gate, ten for a rotary embedding. A compiler joins them, but prompts are read as the model is written. What is
+replaced answers as before, but for roundings in between that are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aq_lightning.kernels.gated_silu import gated_silu
-from aq_lightning.models.written import is_gated_silu, is_rms_norm
+from aq_lightning.kernels.rotary import rotary
+from aq_lightning.models.written import embed_by, embeds_by_halves, is_gated_silu, is_rms_norm
 
 
 class GatedMLP(nn.Module):
@@ -32,8 +33,8 @@ class GatedMLP(nn.Module):
 
 
 def join_elementwise(model: PreTrainedModel) -> PreTrainedModel:
-    """Replaces, in place, norms and gated MLPs that are written as most models'; what is written otherwise or carries
-    hooks stays."""
+    """Replaces, in place, norms, gated MLPs and the rotary embedding inside attention that are written as most models';
+    what is written otherwise stays, and so does what would lose its hooks."""
     for path, module in list(model.named_modules()):
         if is_rms_norm(module):
             norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
@@ -41,4 +42,6 @@ def join_elementwise(model: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(path, norm.train(module.training))
         elif is_gated_silu(module):
             model.set_submodule(path, GatedMLP(module))
+        elif embeds_by_halves(module):
+            embed_by(module, rotary)
     return model

@@ -80,7 +80,8 @@ def joined(linears: list[Int4Linear]) -> Int4Linear:
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
     """Joins, in place, the packed linears of every block that read the same norm, as the architecture says, and gives
-    them the Kronecker product of their input; norms and gates take one pass over memory (:mod:`elementwise`).
+    them the Kronecker product of their input; norms, gates and rotary embeddings take one pass over memory
+    (:mod:`elementwise`).
 
     A model of an unknown architecture stays as it is, and so do linears of which some have a bias and some have none,
     or that multiply their input by an online product.
