@@ -133,17 +133,16 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
     first, streams = _where_to_go_on(job, starts, streams)
     ahead = [indices for indices in plan if indices.start >= first]
     with Keeper(job.journal) as keeper:
-        began = time.monotonic()
         for indices, blocks in zip(ahead, read_ahead(model.window, ahead), strict=True):
             position = Position(indices.start, plan.index(indices), len(plan))
             live = LiveWindow(model, blocks, arguments, recipe, job.device)
             with observed(live.blocks, model.architecture.sites) as activations:
-                full = live.run(streams.full)  # what the full-precision model answers
+                full = live.run(streams.full, exact=True)  # what the full-precision model answers
             if not job.journal.finished(indices.start):
                 same_input = live.run(streams.quantized) if recipe.objective.same_input else None
                 target = recipe.streams.store(recipe.objective.target(full, same_input), job.device)
                 with quantized(live.blocks, recipe.scheme):
-                    began = calibrate(job, live, position, activations, streams, target, share, began)
+                    calibrate(job, live, position, activations, streams, target, share)
                 del target, same_input  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
                 live.install(_window(job, indices.start, str(job.device)))
@@ -172,8 +171,7 @@ def calibrate(
     streams: Streams,
     target: Tensor,
     share: Share,
-    began: float,
-) -> float:
+) -> None:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
     Args:
@@ -184,7 +182,6 @@ def calibrate(
         streams: what enters the window, (samples, length, hidden) each.
         target: what to answer, same shape.
         share: which samples these are.
-        began: when the window before it was done, the clock's seconds; returned for this one.
     """
     reset_peak_memory(job.device)
     scratch, inputs = job.journal.scratch(position.index), streams.quantized
@@ -204,7 +201,7 @@ def calibrate(
     reach = {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)}
     merged = live.merge(result.module.blocks, codes)
     with observed(live.blocks, job.pretrained.architecture.sites) as quantized:
-        loss = live.loss(live.blocks, inputs, target)
+        loss = live.loss(live.blocks, inputs, target, exact=True)
     reach |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(quantized)}
     metrics: dict[str, Any] = {
         "block": position.index,
@@ -220,13 +217,12 @@ def calibrate(
         "margin": margins,
         "reach": reach,
         "effective_bits": effective_bits(merged),
-        "seconds": (ended := time.monotonic()) - began,
+        "seconds": time.monotonic() - live.began,
         "training_seconds": result.seconds,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
     job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
     job.tell(position, metrics)
-    return ended
 
 
 def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Arguments], samples: int) -> None:

@@ -70,7 +70,7 @@ class Probe:
         stream, arguments = capture(self.model.shell(), self.windows, recipe.streams, self.device)
         live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, self.prepared.architecture.sites) as activations:
-            target = live.run(stream)
+            target = live.run(stream, exact=True)
         forward = self._seconds(lambda: live.run(stream)) / _STEPS
         with quantized(live.blocks, recipe.scheme):
             module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))

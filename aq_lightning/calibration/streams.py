@@ -143,6 +143,7 @@ def run(
     stream: Tensor,
     batch_size: int,
     device: torch.device,
+    half: bool = False,
 ) -> Tensor:
     """Passes a stream through blocks, in float32; on a GPU products are as exact as a 16-bit stream that keeps them.
 
@@ -152,6 +153,7 @@ def run(
         stream: (samples, length, hidden), anywhere.
         batch_size: samples per pass; half as many where memory runs out.
         device: the blocks'.
+        half: whether linears and attention compute in float16, which has the digits of TensorFloat32, not its reach.
 
     Returns:
         A new stream like the given one; :func:`check_finite` says whether its dtype could hold it.
@@ -161,7 +163,7 @@ def run(
     while start < len(stream):
         with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
             hidden = stream[start : start + batch_size].to(device, torch.float32)
-            with products(stream.dtype, device):
+            with products(stream.dtype, device), torch.autocast(device.type, torch.float16, enabled=half):
                 for block, others in zip(blocks, arguments, strict=True):
                     hidden = answer(block, hidden, others)
             result[start : start + batch_size] = hidden

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,6 +45,7 @@ class LiveWindow:
         recipe: Recipe,
         device: torch.device,
     ) -> None:
+        self.began = time.monotonic()
         self.pretrained = pretrained
         self.recipe = recipe
         self.indices = list(blocks)
@@ -53,10 +55,11 @@ class LiveWindow:
         architecture = pretrained.architecture
         on = switches(self.blocks[0], architecture, pretrained.heads, recipe)
         self._biased = [linear for switch in on for linear in architecture.bias_switches[switch]]
+        self._half = device.type == "cuda" and recipe.streams.torch_dtype == torch.float16
 
-    def run(self, stream: Tensor) -> Tensor:
-        """The blocks' answer to a stream, (samples, length, hidden) → a new one."""
-        return check_finite(self._run(self.blocks, stream))
+    def run(self, stream: Tensor, exact: bool = False) -> Tensor:
+        """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`."""
+        return check_finite(self._run(self.blocks, stream, exact))
 
     def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
@@ -82,13 +85,14 @@ class LiveWindow:
             inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
         return attached
 
-    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
+    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor, exact: bool = False) -> float:
         """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite.
 
-        Every process gives its samples, and gets the mean over those of all.
+        Every process gives its samples, and gets the mean over those of all. On a GPU blocks that answer in float16
+        compute in it, as far as it reaches; ``exact``: not what is looked at on the way, which may reach farther.
         """
         functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
-        output = self._run(functions, inputs)
+        output = self._run(functions, inputs, exact)
         parts = [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(output, target, strict=True)]
         mean = float(distributed.mean(torch.stack(parts)))
         return mean if math.isfinite(mean) else math.inf
@@ -148,7 +152,12 @@ class LiveWindow:
     def _passes(self) -> list[Passes]:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
-    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor) -> Tensor:
+    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor, exact: bool) -> Tensor:
+        if self._half and not exact:
+            answer = run(blocks, self.arguments, stream, self.recipe.batch_size, self.device, half=True)
+            if torch.isfinite(answer).all():
+                return answer
+            self._half = False
         return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device)
 
     def _attach(self, block: nn.Module, transforms: Mapping, weight_quantizer: object) -> AttachedBlock:

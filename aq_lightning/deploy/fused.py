@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from aq_lightning.deploy.attending import attend_fast
 from aq_lightning.deploy.elementwise import join_elementwise
 from aq_lightning.deploy.linear import Int4Linear
 from aq_lightning.models.lookup import architecture_of, model_types
@@ -81,7 +82,7 @@ def joined(linears: list[Int4Linear]) -> Int4Linear:
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
     """Joins, in place, the packed linears of every block that read the same norm, as the architecture says, and gives
     them the Kronecker product of their input; norms, gates and rotary embeddings take one pass over memory
-    (:mod:`elementwise`).
+    (:mod:`elementwise`), and one new token attends by a kernel (:mod:`attending`).
 
     A model of an unknown architecture stays as it is, and so do linears of which some have a bias and some have none,
     or that multiply their input by an online product.
@@ -102,7 +103,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             _hand_over(block, site)
         for linear in [module for module in block.modules() if isinstance(module, Int4Linear)]:
             _absorb(linear, linear)
-    return join_elementwise(model)
+    return attend_fast(join_elementwise(model))
 
 
 def _hand_over(block: nn.Module, site: Site) -> None:

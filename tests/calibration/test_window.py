@@ -1,0 +1,50 @@
+"""Passes in float16 where it reaches, and as they were where it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fitting import CPU, fitted
+from helpers import assert_close, tiny_llama
+from torch import Tensor
+
+from aq_lightning.calibration import LiveWindow, capture
+from aq_lightning.calibration.streams import run
+from aq_lightning.models.llama import SPEC
+from aq_lightning.models.loading import Pretrained, Source
+from aq_lightning.recipe import StreamStorage
+
+
+def window(reach: float = 1.0) -> tuple[LiveWindow, Tensor]:
+    """Of the first block, whose MLP multiplies numbers ``reach`` times as great; and what enters it."""
+    recipe = fitted(epochs=1).module.recipe
+    model = tiny_llama().requires_grad_(False)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight *= reach
+    mlp.down_proj.weight /= reach
+    pretrained = Pretrained(Source("random"), model, None, SPEC)
+    stream, arguments = capture(pretrained.shell(), torch.arange(48).view(3, 16), StreamStorage("float32"), CPU)
+    return LiveWindow(pretrained, pretrained.window([0]), arguments, recipe, CPU), stream
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
+def test_float16_where_it_reaches() -> None:
+    live, stream = window()
+    exact = live.run(stream)
+    live._half = True  # as on a GPU with streams in float16
+    near = live.run(stream)
+    assert not torch.equal(near, exact) and near.dtype == exact.dtype
+    assert_close("what the block adds", exact - stream, near - stream, 2e-3)
+    assert torch.equal(live.run(stream, exact=True), exact)
+    assert live.loss(live.blocks, stream, exact) == pytest.approx(float((near - exact).square().mean()), rel=1e-4)
+    assert live.loss(live.blocks, stream, exact, exact=True) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
+def test_where_float16_does_not_reach_nothing_is_lost() -> None:
+    live, stream = window(reach=1e7)
+    exact = live.run(stream)
+    beyond = run(live.blocks, live.arguments, stream, 2, CPU, half=True)
+    assert not beyond.isfinite().all(), "the control: it overflows"
+    live._half = True
+    assert torch.equal(live.run(stream), exact) and live.loss(live.blocks, stream, exact) == 0.0
