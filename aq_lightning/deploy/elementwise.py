@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aq_lightning.kernels.gated_silu import gated_silu
+from aq_lightning.kernels.rms_norm import rms_norm
 from aq_lightning.kernels.rotary import rotary
 from aq_lightning.models.written import embed_by, embeds_by_halves, is_gated_silu, is_rms_norm
 
@@ -32,14 +33,29 @@ class GatedMLP(nn.Module):
         return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
 
 
+class RMSNorm(nn.Module):
+    """``w x / √(mean(x²) + ε)`` of another's weight.
+
+    Args:
+        norm: whose weight and ε these are.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, channels) → the same."""
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
 def join_elementwise(model: PreTrainedModel) -> PreTrainedModel:
     """Replaces, in place, norms, gated MLPs and the rotary embedding inside attention that are written as most models';
     what is written otherwise stays, and so does what would lose its hooks."""
     for path, module in list(model.named_modules()):
         if is_rms_norm(module):
-            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
-            norm.weight = module.weight
-            model.set_submodule(path, norm.train(module.training))
+            model.set_submodule(path, RMSNorm(module))
         elif is_gated_silu(module):
             model.set_submodule(path, GatedMLP(module))
         elif embeds_by_halves(module):

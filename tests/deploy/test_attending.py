@@ -86,7 +86,9 @@ def test_hooks_come_first(everywhere: list[tuple[int, ...]]) -> None:
     assert len(called) == 6 and len(everywhere) == 15 * model.config.num_hidden_layers
 
 
-def test_other_functions_stay_and_so_does_what_the_kernel_cannot_do(everywhere: list[tuple[int, ...]]) -> None:
+def test_other_functions_stay_and_so_does_what_the_kernel_cannot_do(
+    everywhere: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     eager = model_of("llama")
     eager.set_attn_implementation("eager")
     attend_fast(eager)
@@ -96,8 +98,9 @@ def test_other_functions_stay_and_so_does_what_the_kernel_cannot_do(everywhere: 
     x = torch.randn(1, 4, 1, 16, device=DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.float32)
     bias = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=DEVICE)
     assert attend(module, x, x, x, None, position_bias=bias)[0].shape == (1, 1, 4, 16) and not everywhere
-    with pytest.raises(ValueError, match="softcap"):
-        attend(module, x, x, x, None, softcap=30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(attending, "sdpa", lambda: lambda *_, **named: named)
+        assert attend(module, x, x, x, None, softcap=30.0) == {"softcap": 30.0, "dropout": 0.0, "scaling": None}
     assert attend(module, x, x, x, None)[0].shape == (1, 1, 4, 16) and everywhere == [(1, 4, 1, 16)]
 
 

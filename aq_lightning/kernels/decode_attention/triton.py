@@ -15,8 +15,10 @@ from aq_lightning.kernels.int4_matmul.triton import last_of
 from aq_lightning.kernels.int4_matmul.workspace import Workspace
 
 _BLOCK = 64  # tokens that a program reads at a time
+_STAGES = 2  # of reading: most programs have one or two blocks
 _LEAST = 16  # rows of a product on tensor cores
 _PROGRAMS = 2  # for each multiprocessor, at most
+_SPANS = 32  # of a head at most: its last program has the answers of all in registers
 _MULTIPROCESSORS = 132  # where there is no GPU
 
 
@@ -25,9 +27,10 @@ def _decode_attention_kernel(
     query, key, value, mask, y, partial, counter,
     scale, heads, length, span, splits, q_b, q_h, k_b, k_h, k_l, v_b, v_h, v_l, m_b,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    HIDES: tl.constexpr, ADDS: tl.constexpr, SPLIT: tl.constexpr,
+    HIDES: tl.constexpr, ADDS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """GROUP query heads, padded to ROWS, of one key-value head, over ``span`` tokens, BLOCK at a time."""
+    """GROUP query heads, padded to ROWS, of one key-value head, over ``span`` tokens, BLOCK at a time; SPLITS spans at
+    most."""
     i_s, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_g, o_d = tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -56,30 +59,28 @@ def _decode_attention_kernel(
         b_y = tl.dot(b_p.to(b_v.dtype), b_v, b_y * b_less[:, None])
         b_top = b_new
     o_y = (i_bh * GROUP + o_g)[:, None] * SIZE + o_d[None, :]
-    if not SPLIT:
+    if SPLITS == 1:
         b_y *= tl.div_rn(1.0, tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
         tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_q)
     else:
-        p_rows = partial + i_bh.to(tl.int64) * (splits * ROWS * (PADDED + 2)) + o_g * (PADDED + 2)
-        p_mine = p_rows + i_s * (ROWS * (PADDED + 2))
-        tl.store(p_mine[:, None] + o_d[None, :], b_y)
-        tl.store(p_mine + PADDED, b_top)
-        tl.store(p_mine + PADDED + 1, b_sum)
+        p_rows = partial + i_bh.to(tl.int64) * (splits * GROUP * (PADDED + 4))
+        p_mine = p_rows + (i_s * GROUP + o_g) * (PADDED + 4)
+        tl.store(p_mine[:, None] + o_d[None, :], b_y, mask=m_g[:, None])
+        tl.store(p_mine + PADDED, b_top, mask=m_g)
+        tl.store(p_mine + PADDED + 1, b_sum, mask=m_g)
         if last_of(counter + i_bh, splits):
-            b_top = tl.full([ROWS], float("-inf"), tl.float32)
-            b_sum, b_y = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
-            for split in range(splits):
-                p_part = p_rows + split * (ROWS * (PADDED + 2))
-                b_its = tl.load(p_part + PADDED, cache_modifier=".cg")
-                b_new = tl.maximum(b_top, b_its)
-                b_at = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_less, b_more = tl.exp(b_top - b_at), tl.exp(b_its - b_at)
-                b_sum = b_sum * b_less + tl.load(p_part + PADDED + 1, cache_modifier=".cg") * b_more
-                b_part = tl.load(p_part[:, None] + o_d[None, :], cache_modifier=".cg")
-                b_y = b_y * b_less[:, None] + b_part * b_more[:, None]
-                b_top = b_new
-            b_y *= tl.div_rn(1.0, tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-            tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_q)
+            o_s = tl.arange(0, SPLITS)
+            m_s = o_s < splits
+            for g in tl.static_range(GROUP):  # all spans of a query head at once: nothing waits for another load
+                p_all = p_rows + (o_s * GROUP + g) * (PADDED + 4)
+                b_tops = tl.load(p_all + PADDED, mask=m_s, other=float("-inf"), cache_modifier=".cg")
+                b_sums = tl.load(p_all + PADDED + 1, mask=m_s, other=0.0, cache_modifier=".cg")
+                b_ys = tl.load(p_all[:, None] + o_d[None, :], mask=m_s[:, None], other=0.0, cache_modifier=".cg")
+                b_at = tl.max(b_tops, 0)
+                b_more = tl.exp(b_tops - tl.where(b_at == float("-inf"), 0.0, b_at))
+                b_all = tl.sum(b_sums * b_more, 0)
+                b_all = tl.sum(b_ys * b_more[:, None], 0) * tl.div_rn(1.0, tl.where(b_all == 0.0, 1.0, b_all))
+                tl.store(y + (i_bh * GROUP + g) * SIZE + o_d, b_all.to(y.dtype.element_ty), mask=m_d)
 
 
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -88,16 +89,18 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     group = query.shape[1] // heads
     rows, padded = max(_LEAST, triton.next_power_of_2(group)), max(_LEAST, triton.next_power_of_2(size))
     blocks = triton.cdiv(length, _BLOCK)
-    share = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS * _multiprocessors(key.device) // (batch * heads))))
+    programs = min(blocks, _SPANS, _PROGRAMS * _multiprocessors(key.device) // (batch * heads))
+    share = triton.cdiv(blocks, max(1, programs))
     splits = triton.cdiv(blocks, share)
     y = query.new_empty(batch, 1, heads * group, size)
-    workspace = Workspace((batch, heads, splits), rows * (padded + 2))
+    workspace = Workspace((batch, heads, splits), group * (padded + 4))
     _decode_attention_kernel[splits, batch * heads](
         query, key, value, mask, y, *workspace.take(key.device),
         scale, heads, length, share * _BLOCK, splits, *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
         0 if mask is None or len(mask) == 1 else mask.stride(0),
-        GROUP=group, ROWS=rows, SIZE=size, PADDED=padded, BLOCK=_BLOCK, SPLIT=splits > 1,
+        GROUP=group, ROWS=rows, SIZE=size, PADDED=padded, BLOCK=_BLOCK, SPLITS=triton.next_power_of_2(splits),
         HIDES=mask is not None and mask.dtype == torch.bool, ADDS=mask is not None and mask.dtype != torch.bool,
+        num_stages=_STAGES,
     )  # fmt: skip
     return y
 
