@@ -9,7 +9,7 @@ whose linears read rounded activations. Results are written after
 every measurement, and no measurement begins once ``--seconds`` have passed.
 
     python benchmarks/generation.py --out generation.json
-    python benchmarks/generation.py --schemes w4a4sym --online
+    python benchmarks/generation.py --schemes w4a4sym+online
     python benchmarks/generation.py --shape tiny --device cpu --seconds 60
 """
 
@@ -47,6 +47,7 @@ SHAPES = {
 }  # fmt: skip
 REPETITIONS = 5
 FULL = "fp16"
+ONLINE = "+online"
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
@@ -254,8 +255,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
-    parser.add_argument("--schemes", nargs="+", default=["w4a16g128sym", "w4a8sym"])
-    parser.add_argument("--online", action="store_true", help="Kronecker products where activations are rounded")
+    parser.add_argument(
+        "--schemes", nargs="+", default=["w4a16g128sym", "w4a8sym", f"w4a4sym{ONLINE}"],
+        help=f"behind {ONLINE}, what linears read is multiplied by Kronecker products",
+    )  # fmt: skip
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt where rates are measured")
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt whose first token alone is timed")
@@ -282,12 +285,10 @@ def main() -> None:
         "torch": torch.__version__,
         "shape": shape,
         "way": given.way,
-        "online": given.online,
     }
     for name in given.schemes:
-        scheme = Scheme.parse(name)
-        rounds = scheme.activation is not None
-        packed, inputs = packed_model(full, scheme, given.online and rounds)
+        scheme = Scheme.parse(name.removesuffix(ONLINE))
+        packed, inputs = packed_model(full, scheme, name.endswith(ONLINE))
         error, far = difference(full, packed, inputs), tolerance(scheme)
         notes[f"{name}: difference"] = error
         print(f"{name}: answers differ by {error:.1e} ({'in' if error <= far else 'OUT OF'} tolerance {far}); "
