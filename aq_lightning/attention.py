@@ -14,7 +14,6 @@ from copy import copy
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ALL
 
 from aq_lightning.errors import RequestError
@@ -53,7 +52,7 @@ class Handle:
         """Leaves the module as it was before."""
         module = self._module
         module.attention_hooks = [hook for hook in module.attention_hooks if hook is not self._hook]
-        if not module.attention_hooks and module.attention_function is _function(module, module.plain_config):
+        if not module.attention_hooks and module.instead_of_sdpa is None:
             module.config = module.plain_config
 
 
@@ -63,6 +62,11 @@ def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Hand
     Raises:
         RequestError: attention runs by a function that is not known here.
     """
+    if _kind(module) not in _KINDS:
+        raise RequestError(
+            f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {_kind(module)!r}: load the model "
+            "with one of these."
+        )
     _redirect(module)
     hooks = module.attention_hooks
     module.attention_hooks = [hook, *hooks] if prepend else [*hooks, hook]
@@ -70,11 +74,11 @@ def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Hand
 
 
 def replace_sdpa(module: nn.Module, function: Function) -> None:
-    """Makes an attention module that multiplies by PyTorch's function do so by another, behind the hooks it has."""
-    kind = module.config._attn_implementation
-    if (module.attention_function if kind == _NAME else _ALL.get(kind)) is sdpa():
+    """Makes an attention module multiply by ``function`` wherever its model's configuration asks for PyTorch's, behind
+    the hooks it has; one that does not look its function up by name stays."""
+    if "ALL_ATTENTION_FUNCTIONS" in type(module).forward.__code__.co_names:
         _redirect(module)
-        module.attention_function = function
+        module.instead_of_sdpa = function
 
 
 def sdpa() -> Function:
@@ -90,27 +94,27 @@ def attentions(module: nn.Module) -> list[nn.Module]:
 def _redirect(module: nn.Module) -> None:
     """Makes the module call :func:`_attend`, if it does not."""
     if module.config._attn_implementation != _NAME:
-        module.attention_hooks, module.attention_function = [], _function(module, module.config)
+        module.attention_hooks, module.instead_of_sdpa = [], None
         module.plain_config, module.config = module.config, copy(module.config)
         module.config._attn_implementation = _NAME
 
 
-def _function(module: nn.Module, config: PreTrainedConfig) -> Function:
-    """What a module multiplies queries, keys and values with, as a configuration says."""
-    kind = config._attn_implementation or "eager"
-    if kind not in _KINDS:
-        raise RequestError(
-            f"Queries and keys are seen in {' and '.join(_KINDS)} attention, got {kind!r}: load the model with one of "
-            "these."
-        )
-    return sys.modules[type(module).__module__].eager_attention_forward if kind == "eager" else _ALL[kind]
+def _kind(module: nn.Module) -> str:
+    """The function that its model's configuration names now."""
+    redirected = module.config._attn_implementation == _NAME
+    return (module.plain_config if redirected else module.config)._attn_implementation or "eager"
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *others: object, **named: object):
     heads = Heads(query, key, value)
     for hook in module.attention_hooks:
         heads = hook(heads)
-    return module.attention_function(module, heads.query, heads.key, heads.value, *others, **named)
+    kind = _kind(module)
+    if kind == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = module.instead_of_sdpa if kind == "sdpa" and module.instead_of_sdpa is not None else _ALL[kind]
+    return function(module, heads.query, heads.key, heads.value, *others, **named)
 
 
 _ALL.register(_NAME, _attend)

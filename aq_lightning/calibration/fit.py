@@ -40,7 +40,7 @@ class Fit:
     causes: tuple[Cause, ...]
     """Why attempts were stopped, in order."""
     seconds: float
-    """Of all training."""
+    """Of all training, since the run last went on."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import MinMax
 from aq_lightning.recipe import Recipe
 
+_HALF = 4e-3  # relative error of what blocks add, several times that of products which begin in 11 bits
+
 Weights = Mapping[str, QTensor | Tensor]
 
 
@@ -89,7 +91,7 @@ class LiveWindow:
         """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite.
 
         Every process gives its samples, and gets the mean over those of all. On a GPU blocks that answer in float16
-        compute in it, as far as it reaches; ``exact``: not what is looked at on the way, which may reach farther.
+        compute in it where that suffices; ``exact``: they never do, for what is looked at on the way.
         """
         functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
         output = self._run(functions, inputs, exact)
@@ -153,12 +155,17 @@ class LiveWindow:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
     def _run(self, blocks: Sequence[BlockFunction], stream: Tensor, exact: bool) -> Tensor:
-        if self._half and not exact:
+        if self._half and not exact and self._half_suffices(blocks, stream[:1]):
             answer = run(blocks, self.arguments, stream, self.recipe.batch_size, self.device, half=True)
             if torch.isfinite(answer).all():
                 return answer
-            self._half = False
         return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device)
+
+    def _half_suffices(self, blocks: Sequence[BlockFunction], sample: Tensor) -> bool:
+        """Whether float16 neither overflows nor loses what is small, for one sample."""
+        sample = sample.float()
+        near, exact = (run(blocks, self.arguments, sample, 1, self.device, half=half) for half in (True, False))
+        return float((near - exact).norm()) <= _HALF * float((exact - sample).norm())
 
     def _attach(self, block: nn.Module, transforms: Mapping, weight_quantizer: object) -> AttachedBlock:
         model = self.pretrained

@@ -1,7 +1,7 @@
 """Attention of packed models: one new token a sequence runs on a kernel of this package, all else as PyTorch does it.
 
-PyTorch gives a head's whole cache to one program, reads what the mask hides, and copies keys and values for every query
-head that shares them: of a new token's time that is a tenth at short answers, and grows with the cache.
+PyTorch gives a head's whole cache to one program, reads what the mask hides, and where steps are compiled transformers
+copies keys and values for every query head that shares them.
 """
 
 from __future__ import annotations

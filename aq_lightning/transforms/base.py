@@ -194,14 +194,17 @@ def condition_by_products(matrix: Tensor) -> Tensor:
 
     A GPU computes the singular values of one matrix after another, but multiplies all at once.
     """
-    inverse, failed = torch.linalg.inv_ex(matrix)
-    return (_spectral_norm(matrix) * _spectral_norm(inverse)).masked_fill(failed != 0, float("inf"))
+    inverse, failed = torch.linalg.inv_ex(matrix.double())
+    condition = _spectral_norm(matrix.double()) * _spectral_norm(inverse)
+    return condition.masked_fill(failed != 0, float("inf")).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
     """``‖A‖₂`` of each of (…, size, size) → (…): the root of ``ρ(G) = lim tr(Gᵐ)^(1/m)`` for ``G = Aᵀ A``, which at
     ``m = 2³⁰`` is too great by ``ln(size) / m``, relatively."""
-    power, logarithm = matrix.mT @ matrix, matrix.new_zeros(matrix.shape[:-2])
+    size = matrix.abs().amax((-2, -1))  # (…); so that squares neither overflow nor vanish
+    matrix, logarithm = matrix / size[..., None, None], 2 * size.log()
+    power = matrix.mT @ matrix
     for exponent in range(_SQUARINGS + 1):
         trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)  # (…)
         logarithm = logarithm + trace.log() / 2**exponent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fitting import CPU, fitted
-from helpers import assert_close, tiny_llama
+from helpers import assert_close, relative_error, tiny_llama
 from torch import Tensor
 
 from aq_lightning.calibration import LiveWindow, capture
@@ -48,3 +48,23 @@ def test_where_float16_does_not_reach_nothing_is_lost() -> None:
     assert not beyond.isfinite().all(), "the control: it overflows"
     live._half = True
     assert torch.equal(live.run(stream), exact) and live.loss(live.blocks, stream, exact) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
+def test_what_float16_loses_unseen_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    live, stream = window(reach=1e-5)
+    exact = live.run(stream)
+    lost = run(live.blocks, live.arguments, stream, 2, CPU, half=True)
+    assert relative_error(exact - stream, lost - stream) > 1e-2, "the control: all is finite, and wrong"
+    live._half = True
+    assert torch.equal(live.run(stream), exact)
+    live, stream = window(reach=1e7)
+    exact = live.run(stream)
+    live._half = True
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "_half_suffices", lambda *_: True)
+        assert torch.equal(live.run(stream), exact), "what overflows behind the sample that is looked at"
+    for block in live.blocks:
+        block.mlp.down_proj.weight *= 1e7
+        block.mlp.up_proj.weight /= 1e7
+    assert not torch.equal(live.run(stream), live.run(stream, exact=True)), "each pass decides for itself"

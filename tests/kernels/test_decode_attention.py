@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from aq_lightning.kernels.decode_attention import decode_attention, naive, suits, triton
+from aq_lightning.kernels.decode_attention import LARGEST, decode_attention, fits, naive, suits, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float16: 1e-3}
@@ -65,6 +65,15 @@ def test_a_mask_for_all_sequences_and_spans_that_see_nothing() -> None:
         "five tokens", naive.decode_attention(query, key[:, :, 70:75], value[:, :, 70:75], None, 1.0), found, 1e-3
     )
     assert not triton.decode_attention(query, key, value, torch.zeros_like(mask), 1.0).any(), "nothing is no NaN"
+    ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=DEVICE).expand(
+        2, 1, 1, 300
+    )  # a view that repeats one number
+    assert_close(
+        "all",
+        naive.decode_attention(query, key, value, None, 1.0),
+        triton.decode_attention(query, key, value, ones, 1.0),
+        1e-3,
+    )
 
 
 def test_the_same_bits_at_every_call_and_far_scores() -> None:
@@ -89,13 +98,16 @@ def test_operator_on_any_device_and_in_one_graph() -> None:
 
 
 def test_what_the_kernel_takes() -> None:
-    query, key, value = (each.to("meta") for each in operands(2, 2, 2, 9, 16))
-    assert not suits(query, key, value, None), "no GPU"
-    if DEVICE == "cuda":
-        query, key, value = operands(2, 2, 2, 9, 16)
-        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device=DEVICE)
-        assert suits(query, key, value, None) and suits(query, key, value, mask) and suits(query, key, value, mask[:1])
-        assert suits(query, key, value, mask.half()) and not suits(query, key, value, mask.float())
-        assert not suits(query, key, value, mask[..., :8]) and not suits(query.float(), key, value, None)
-        assert not suits(query.expand(-1, -1, 2, -1), key, value, None)
-        assert not suits(query.requires_grad_(), key, value, None)
+    query, key, value = operands(2, 2, 2, 9, 16)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device=DEVICE)
+    for taken in (None, mask, mask[:1], mask.half()):
+        assert fits(query, key, value, taken) and suits(query, key, value, taken) == (DEVICE == "cuda")
+    for other in (mask.float(), mask[..., :8], mask.expand(-1, 2, -1, -1)):
+        assert not fits(query, key, value, other)
+    wide = operands(1, 1, 1, 3, LARGEST + 1)
+    assert not fits(*wide, None) and not fits(query.expand(-1, -1, 2, -1), key, value, None)
+    assert not fits(query.float(), key, value, None) and not fits(query, key[..., :8], value, None)
+    assert not fits(query[:1], key, value, None) and not fits(query, key[:1], value[:1], None), "one for several"
+    assert not fits(query[:, :3], key, value, None) and not fits(query, key[:, :, :0], value[:, :, :0], None)
+    assert not fits(query, key.mT.contiguous().mT, value, None), "channels apart"
+    assert not suits(query.requires_grad_(), key, value, None)

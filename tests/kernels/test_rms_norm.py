@@ -34,16 +34,19 @@ def test_numbers_whose_squares_float16_does_not_hold() -> None:
 
 
 def test_what_the_kernel_cannot_do_is_done_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(6, 8, device=DEVICE), torch.randn(6, device=DEVICE, requires_grad=True)
-    rms_norm(x.T, weight, 1e-5).sum().backward()
-    root = (x.T.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert_close("gradient", (x.T / root).sum(0), weight.grad, 1e-5)
+    x, weight = torch.randn(8, 6, device=DEVICE), torch.randn(6, device=DEVICE, requires_grad=True)
+    rms_norm(x, weight, 1e-5).sum().backward()
+    root = (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close("gradient", (x / root).sum(0), weight.grad, 1e-5)
     weight = weight.detach()
     compiled = torch.compile(rms_norm, fullgraph=True, backend="eager")
-    assert_close("one graph", naive.rms_norm(x.T, weight, 1e-5), compiled(x.T, weight, 1e-5), 1e-6)
+    assert_close("one graph", naive.rms_norm(x, weight, 1e-5), compiled(x, weight, 1e-5), 1e-6)
+    assert kernel._served(x, weight) and not kernel._served(x.T.contiguous().T, weight)
+    assert not kernel._served(x.view(4, 12), weight) and not kernel._served(x, weight.expand(2, -1)[0, ::2])
+    with pytest.raises(RuntimeError):
+        rms_norm(x.view(4, 12), weight, 1e-5)
     assert rms_norm(x[:, :6][:0], weight, 1e-5).shape == (0, 6)
     monkeypatch.setattr(kernel, "_one_kernel", lambda *_: True)
-    x = x[:, :6].contiguous()
     assert_close(
         "the kernel", naive.rms_norm(x.double(), weight.double(), 1e-5), rms_norm(x, weight, 1e-5).double(), 1e-6
     )

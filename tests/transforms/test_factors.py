@@ -157,6 +157,10 @@ def test_condition_by_products_is_that_by_singular_values(least: float) -> None:
     values = torch.logspace(0, math.log10(least), 24, dtype=torch.float64) * torch.tensor([[1e-9], [1], [1e9]])
     matrix = sides[0] * values[:, None] @ sides[1]
     assert condition_by_products(matrix).tolist() == pytest.approx([1 / least] * 3, rel=1e-8)
+    great = 1e25 * torch.diag(torch.tensor([1.0, 1e-3, 1e-12]))  # whose squares float32 does not hold
+    assert float(condition_by_products(great)) == pytest.approx(1e12, rel=1e-6)
+    lost = torch.tensor([1.0, 1e-200], dtype=torch.float64).diag()
+    assert float(condition_by_products(lost)) == pytest.approx(1e200, rel=1e-6)
     matrix[1, :, 5] = 0
     assert condition_by_products(matrix)[1] == math.inf and condition_by_products(matrix)[0] < math.inf
 

@@ -31,21 +31,28 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether operands are what the kernel takes: half precision on a GPU, heads of one size, no gradient."""
+    """Whether operands are what the kernel takes: on a GPU, without a gradient, and as :func:`fits` says."""
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return query.device.type == "cuda" and not differentiated and fits(query, key, value, mask)
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are one token a sequence, in half precision, with heads of one size and a mask for all of them."""
     return (
-        query.device.type == "cuda"
-        and query.shape[2] == 1
+        query.shape[2] == 1
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape
+        and query.shape[0] == key.shape[0]
+        and query.shape[1] % key.shape[1] == 0
+        and key.numel() > 0
         and query.shape[-1] == key.shape[-1] <= LARGEST
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        and _fits(mask, query, key)
+        and _hides(mask, query, key)
     )
 
 
-def _fits(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+def _hides(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
     if mask is None:
         return True
     shapes = [(rows, 1, 1, key.shape[2]) for rows in (1, len(query))]

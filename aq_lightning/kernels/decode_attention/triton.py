@@ -93,6 +93,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     share = triton.cdiv(blocks, max(1, programs))
     splits = triton.cdiv(blocks, share)
     y = query.new_empty(batch, 1, heads * group, size)
+    mask = mask.contiguous() if mask is not None and mask.stride(-1) != 1 else mask
     workspace = Workspace((batch, heads, splits), group * (padded + 4))
     _decode_attention_kernel[splits, batch * heads](
         query, key, value, mask, y, *workspace.take(key.device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
@@ -110,9 +110,14 @@ def save(entries: list[tuple[Product, Config]], path: Path) -> None:
 
 
 def read(path: Path) -> list[tuple[Product, Config]]:
-    """What :func:`save` wrote."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return [(Product(**entry), config) for entry in entries for config in [Config(**entry.pop("config"))]]
+    """What :func:`save` wrote, in this version or another: configurations with more to them than is known here are left
+    out."""
+    known, found = {field.name for field in fields(Config)}, []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        config = entry.pop("config")
+        if not any(value for name, value in config.items() if name not in known):
+            found.append((Product(**entry), Config(**{n: value for n, value in config.items() if n in known})))
+    return found
 
 
 def _distance(entry: Product, product: Product) -> float:

@@ -34,4 +34,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _one_kernel(x: Tensor, weight: Tensor) -> bool:
     differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     there = x.device.type == "cuda" and not torch.compiler.is_compiling()
-    return there and not differentiated and x.numel() > 0 and x.is_contiguous() and weight.numel() <= LARGEST
+    return there and not differentiated and _served(x, weight)
+
+
+def _served(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel reads such tensors; what it does not, the plain form computes or refuses."""
+    alike = weight.shape == x.shape[-1:] and weight.device == x.device
+    return alike and 0 < x.numel() and weight.numel() <= LARGEST and x.is_contiguous() and weight.is_contiguous()

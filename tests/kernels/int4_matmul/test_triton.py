@@ -220,6 +220,10 @@ def test_a_measured_product_comes_before_its_neighbours(tmp_path, monkeypatch: p
     for product, config in ((near, Config(splits=2)), (far, Config(splits=3)), (near, Config(splits=4))):
         merge(path, product, config)
     assert read(path) == [(near, Config(splits=4)), (far, Config(splits=3))]
+    text = path.read_text().replace('"splits": 4', '"splits": 4, "other": false')
+    path.write_text(text.replace('"splits": 3', '"splits": 3, "other": true'))
+    assert read(path) == [(near, Config(splits=4))], "of another version: what asks for something unknown is left out"
+    merge(path, far, Config(splits=3))
     device = torch.device("cpu")
     assert choose(near, device) == choose(replace(near, tokens=9, rows=5120), device) == Config(splits=4)
     assert choose(replace(far, tokens=3), device) == Config(splits=3)
