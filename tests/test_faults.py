@@ -166,7 +166,7 @@ def test_gpu_out_of_memory(
 def test_gpu_out_of_memory_with_one_window(
     fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(BlockCalibration, "forward", full)

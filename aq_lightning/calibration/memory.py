@@ -13,6 +13,7 @@ import torch
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new measurement on a GPU; the host's peak cannot be reset."""
     if device.type == "cuda":
+        torch.cuda.init()  # or there is nothing to reset yet, which is an error
         torch.cuda.reset_peak_memory_stats(device)
 
 
