@@ -78,7 +78,6 @@ class Probe:
             trainer.callbacks.append(stopwatch)
             if module.trainable():
                 trainer.fit(module, Pairs(stream, target, recipe.batch_size, 0))
-                module.to(self.device)
             rest = self._seconds(lambda: live.merge(module.blocks, [{}]))
         return Measured(stopwatch.seconds, forward, rest, peak_memory(self.device))
 

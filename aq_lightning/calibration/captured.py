@@ -104,6 +104,7 @@ class Captured(MicroBatched):
             self.after_update()
 
     def on_fit_end(self) -> None:
+        super().on_fit_end()
         self.forget()  # and with it the memory of its intermediate results
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

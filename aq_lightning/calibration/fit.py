@@ -123,7 +123,6 @@ class _Fitting:
             began = time.monotonic()
             self.trainer().fit(module, self.loader())  # waits for its last epoch's loss
             self.seconds += time.monotonic() - began
-            module.to(self.live.device)
             if module.cause is None:
                 candidates.append(self.candidate("trained", module, module.state()))
                 if candidates[-1].loss == math.inf:  # the last step was too much

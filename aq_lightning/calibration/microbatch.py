@@ -82,6 +82,14 @@ class MicroBatched(LightningModule):
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
+    def on_fit_end(self) -> None:
+        for optimizer in self.trainer.optimizers:  # nobody steps again, and Lightning would move it all to the host
+            optimizer.state.clear()
+
+    def cpu(self) -> MicroBatched:
+        """Stays where it is: Lightning moves modules to the host behind every fit, frozen blocks and all."""
+        return self
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # not that of no samples
             super().backward(loss, *args, **kwargs)

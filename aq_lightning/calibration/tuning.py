@@ -208,7 +208,7 @@ def tune(
     """
     device, before = whole.device, whole.score(*data)
     trainer().fit(whole, loader())
-    after = whole.to(device).score(*data)
+    after = whole.score(*data)
     return Tuned(whole.trained(model) if after < before else {}, before, after)
 
 

@@ -32,6 +32,23 @@ def test_an_undisturbed_window_is_trained_once() -> None:
     assert set(result.losses) == {"trained", "first epoch", "start", "nearest"}
 
 
+class Left(Callback):
+    """What the optimizer holds when training ends, and when Lightning comes to move things to the host."""
+
+    def on_train_end(self, trainer: Trainer, module: BlockCalibration) -> None:
+        self.trained = [len(optimizer.state) for optimizer in trainer.optimizers]
+
+    def teardown(self, trainer: Trainer, module: BlockCalibration, stage: str) -> None:
+        self.left = [len(optimizer.state) for optimizer in trainer.optimizers]
+
+
+def test_nothing_moves_to_the_host_behind_a_fit() -> None:
+    watching = Left()
+    module = fitted([watching], epochs=1).module
+    assert min(watching.trained) > 0 and watching.left == [0] * len(watching.trained)
+    assert module.to("meta").cpu() is module and {each.device.type for each in module.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     "name, value", [("value_output.factors.0.log_scale", math.nan), ("mlp_input.factors.0.delta", math.inf)]
 )
