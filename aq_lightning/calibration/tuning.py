@@ -206,7 +206,7 @@ def tune(
         trainer: makes a fresh Trainer.
         loader: makes the batches of the data.
     """
-    device, before = whole.device, whole.score(*data)
+    before = whole.score(*data)
     trainer().fit(whole, loader())
     after = whole.score(*data)
     return Tuned(whole.trained(model) if after < before else {}, before, after)
