@@ -76,7 +76,8 @@ def hook_attention(module: nn.Module, hook: Hook, prepend: bool = False) -> Hand
 def replace_sdpa(module: nn.Module, function: Function) -> None:
     """Makes an attention module multiply by ``function`` wherever its model's configuration asks for PyTorch's, behind
     the hooks it has; one that does not look its function up by name stays."""
-    if "ALL_ATTENTION_FUNCTIONS" in type(module).forward.__code__.co_names:
+    code = getattr(type(module).forward, "__code__", None)
+    if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
         _redirect(module)
         module.instead_of_sdpa = function
 

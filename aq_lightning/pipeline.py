@@ -159,7 +159,8 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
     kept = job.journal.kept(starts)
     if kept is None:
         return starts[0], entering
-    (start, streams), store = kept, job.recipe.streams.store
+    start, streams = kept
+    store = job.recipe.streams.store
     return start, Streams(store(streams.full, job.device), store(streams.quantized, job.device))
 
 
@@ -271,7 +272,8 @@ def export(job: Job) -> None:
     recipe, model = job.recipe, job.pretrained
     if job.journal.exported():
         return
-    config = model.config() | dict.fromkeys(switches(model.blocks[0], model.architecture, model.heads, recipe), True)
+    gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
+    config = {**model.config(), **dict.fromkeys(gained, True)}
     limit = 4 * sum(each.numel() for each in model.blocks[0].parameters())  # bytes: what calibration took at least
     form = formats.named("compressed-tensors", recipe.layout)
     with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:

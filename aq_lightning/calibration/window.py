@@ -47,7 +47,7 @@ class LiveWindow:
         recipe: Recipe,
         device: torch.device,
     ) -> None:
-        self.began = time.monotonic()
+        self.began = time.monotonic()  # the work on this window, for its metrics
         self.pretrained = pretrained
         self.recipe = recipe
         self.indices = list(blocks)

@@ -14,9 +14,8 @@ LARGEST = 16384
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``w x / √(mean(x²) + ε)`` over channels.
 
-    On a GPU a kernel, in float32 and rounded once: of few tokens it takes a third of the time of PyTorch's. A compiler
-    joins norms with what precedes them, and is left to it; elsewhere, and where a gradient is wanted, the plain form
-    runs.
+    One kernel on a GPU, in float32 and rounded once. A compiler joins norms with what precedes them, and is left to it;
+    elsewhere, and where a gradient is wanted, the plain form runs.
 
     Args:
         x: (…, channels), of any float dtype, without gaps.
