@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _SIZE = 1 << 20  # counters of a device, 4 MiB
@@ -20,6 +22,15 @@ class _Ring:
         begin = self._place if self._place + number <= _SIZE else 0
         self._place = begin + -(-number // _TOGETHER) * _TOGETHER
         return self._counters[begin : begin + number]
+
+
+@triton.jit
+def last_of(counter, splits):
+    """Whether this block is the last of ``splits`` to come here; the counter is 0 again after that."""
+    tl.debug_barrier()  # every thread's stores come before the count
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
+    tl.store(counter, 0, mask=last)
+    return last
 
 
 _RINGS: dict[torch.device, _Ring] = {}

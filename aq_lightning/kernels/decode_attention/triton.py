@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aq_lightning.kernels.int4_matmul.triton import last_of
-from aq_lightning.kernels.int4_matmul.workspace import Workspace
+from aq_lightning.kernels.workspace import Workspace, last_of
 
 _BLOCK = 64  # tokens that a program reads at a time
 _STAGES = 2  # of reading: most programs have one or two blocks

@@ -17,10 +17,9 @@ from aq_lightning.kernels.int4_int8_matmul.rounding import quantizer
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows
-from aq_lightning.kernels.int4_matmul.triton import last_of
 from aq_lightning.kernels.int4_matmul.unpack import beside, common
-from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands
+from aq_lightning.kernels.workspace import Workspace, last_of
 
 
 @triton.constexpr_function

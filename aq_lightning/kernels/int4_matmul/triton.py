@@ -17,8 +17,8 @@ from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, weight_of, weights_of
 from aq_lightning.kernels.int4_matmul.unpack import common, together
-from aq_lightning.kernels.int4_matmul.workspace import Workspace
 from aq_lightning.kernels.packed import Operands, tiling
+from aq_lightning.kernels.workspace import Workspace, last_of
 
 _JOINED = 4  # chunks of one product at most: their operands fill a quarter of a thread's registers
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -63,15 +63,6 @@ def _sum(
             b_y = b_sum if GROUP == 0 or SCALED else b_y + b_sum * b_s[:, None]
         b_y = _settled(b_y, ASSEMBLY and (GROUP == 0 or SCALED))
     return b_y
-
-
-@triton.jit
-def last_of(counter, splits):
-    """Whether this block is the last of ``splits`` to come here; the counter is 0 again after that."""
-    tl.debug_barrier()  # every thread's stores come before the count
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
-    tl.store(counter, 0, mask=last)
-    return last
 
 
 @triton.jit
