@@ -60,7 +60,7 @@ def capture(
                 model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
                 blocks[0].forward = partial(_enter, inputs)
             inputs[-1] = inputs[-1].to("cpu" if storage.place == "host" else device).to(storage.torch_dtype)
-    return check_finite(storage.store(torch.cat(inputs), device)), arguments
+    return check_finite(storage.store(torch.cat(inputs), device), device), arguments
 
 
 class _Entered(Exception):
@@ -137,14 +137,14 @@ def _passing_through(
 
 
 @torch.no_grad()
-def run(
+def answers(
     blocks: Sequence[BlockFunction],
     arguments: Sequence[Arguments],
     stream: Tensor,
     batch_size: int,
     device: torch.device,
     half: bool = False,
-) -> Tensor:
+) -> Iterator[tuple[slice, Tensor]]:
     """Passes a stream through blocks, in float32; on a GPU products are as exact as a 16-bit stream that keeps them.
 
     Args:
@@ -155,21 +155,42 @@ def run(
         device: the blocks'.
         half: whether linears and attention compute in float16, which has the digits of TensorFloat32, not its reach.
 
-    Returns:
-        A new stream like the given one; :func:`check_finite` says whether its dtype could hold it.
+    Yields:
+        Which samples, and what is answered to them, (batch, length, hidden) in the stream's dtype, on the device: what
+        is computed there is not computed by the host, and dtypes are changed there.
     """
-    result = torch.empty_like(stream, pin_memory=stream.is_pinned())
     start = 0
     while start < len(stream):
+        answered = None
         with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
-            hidden = stream[start : start + batch_size].to(device, torch.float32)
+            hidden = stream[start : start + batch_size].to(device, non_blocking=True).float()
             with products(stream.dtype, device), torch.autocast(device.type, torch.float16, enabled=half):
                 for block, others in zip(blocks, arguments, strict=True):
                     hidden = answer(block, hidden, others)
-            result[start : start + batch_size] = hidden
-            start += batch_size
+            answered = hidden.to(stream.dtype)
+        if answered is None:
+            batch_size = (batch_size + 1) // 2
             continue
-        batch_size = (batch_size + 1) // 2
+        yield slice(start, start + len(answered)), answered
+        start += len(answered)
+
+
+def run(
+    blocks: Sequence[BlockFunction],
+    arguments: Sequence[Arguments],
+    stream: Tensor,
+    batch_size: int,
+    device: torch.device,
+    half: bool = False,
+) -> Tensor:
+    """:func:`answers` together: a new stream like the given one; :func:`check_finite` says whether its dtype could hold
+    it."""
+    pinned = stream.is_pinned()
+    result = torch.empty_like(stream, pin_memory=pinned)
+    for where, answered in answers(blocks, arguments, stream, batch_size, device, half):
+        result[where].copy_(answered, non_blocking=pinned)
+    if pinned:
+        torch.cuda.current_stream(device).synchronize()
     return result
 
 
@@ -192,13 +213,19 @@ def to_device(value: object, device: torch.device) -> object:
     return value
 
 
-def check_finite(stream: Tensor) -> Tensor:
-    """The stream itself.
+def finite(stream: Tensor, device: torch.device) -> bool:
+    """Whether a stream holds neither infinities nor NaN; a device looks, a sample at a time."""
+    found = [torch.isfinite(sample.to(device, non_blocking=True)).all() for sample in stream]
+    return bool(torch.stack(found).all()) if found else True
+
+
+def check_finite(stream: Tensor, device: torch.device) -> Tensor:
+    """The stream itself, looked at on a device.
 
     Raises:
         RequestError: it overflows its dtype, or holds NaN.
     """
-    if not torch.isfinite(stream).all():
+    if not finite(stream, device):
         raise RequestError(
             f"A stream holds finite {stream.dtype} numbers, got an overflow or NaN: keep streams in a wider type "
             "(--model.streams.dtype bfloat16 or float32), or check the model's own weights for NaN."

@@ -15,7 +15,7 @@ from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach
 from aq_lightning.calibration.cache import choose_cache
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, balance, choose_ranges, choose_scales, rounded
-from aq_lightning.calibration.streams import Arguments, Streams, check_finite, run, to_device
+from aq_lightning.calibration.streams import Arguments, Streams, answers, check_finite, finite, run, to_device
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.naming import from_checkpoint, to_checkpoint
 from aq_lightning.models.sites import Architecture, Heads
@@ -61,7 +61,11 @@ class LiveWindow:
 
     def run(self, stream: Tensor, exact: bool = False) -> Tensor:
         """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`."""
-        return check_finite(self._run(self.blocks, stream, exact))
+        if not exact and self._half_suffices(self.blocks, stream[:1]):
+            answer = self._run(self.blocks, stream, half=True)
+            if finite(answer, self.device):
+                return answer
+        return check_finite(self._run(self.blocks, stream), self.device)
 
     def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
@@ -94,9 +98,11 @@ class LiveWindow:
         compute in it where that suffices; ``exact``: they never do, for what is looked at on the way.
         """
         functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
-        output = self._run(functions, inputs, exact)
-        parts = [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(output, target, strict=True)]
-        mean = float(distributed.mean(torch.stack(parts)))
+        half = not exact and self._half_suffices(functions, inputs[:1])
+        losses = self._losses(functions, inputs, target, half)
+        if half and not losses.isfinite().all():
+            losses = self._losses(functions, inputs, target)
+        mean = float(distributed.mean(losses))
         return mean if math.isfinite(mean) else math.inf
 
     def round(
@@ -154,16 +160,23 @@ class LiveWindow:
     def _passes(self) -> list[Passes]:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
-    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor, exact: bool) -> Tensor:
-        if self._half and not exact and self._half_suffices(blocks, stream[:1]):
-            answer = run(blocks, self.arguments, stream, self.recipe.batch_size, self.device, half=True)
-            if torch.isfinite(answer).all():
-                return answer
-        return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device)
+    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor, half: bool = False) -> Tensor:
+        return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
+
+    @torch.no_grad()
+    def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool = False) -> Tensor:
+        """The objective of each sample, (samples), on the device."""
+        found = []
+        for where, answered in answers(blocks, self.arguments, inputs, self.recipe.batch_size, self.device, half):
+            wanted = target[where].to(self.device, non_blocking=True)
+            found += [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(answered, wanted, strict=True)]
+        return torch.stack(found)
 
     def _half_suffices(self, blocks: Sequence[BlockFunction], sample: Tensor) -> bool:
-        """Whether float16 neither overflows nor loses what is small, for one sample."""
-        sample = sample.float()
+        """Whether passes may take float16, which neither overflows nor loses what is small, for one sample."""
+        if not self._half:
+            return False
+        sample = sample.to(self.device).float()
         near, exact = (run(blocks, self.arguments, sample, 1, self.device, half=half) for half in (True, False))
         return float((near - exact).norm()) <= _HALF * float((exact - sample).norm())
 

@@ -128,7 +128,7 @@ def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     stream, arguments = capture(model, windows, StreamStorage(), CPU)
     model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     with pytest.raises(RequestError, match="finite torch.float16.*model.streams.dtype"):
-        check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU))
+        check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU), CPU)
     wide = run([model.model.layers[0]], arguments[:1], stream.float(), 2, CPU)
     assert wide.isfinite().all() and wide.abs().max() > torch.finfo(torch.float16).max
 
@@ -164,3 +164,13 @@ def test_attached_block_takes_captured_arguments(name: str, windows: Tensor) -> 
     with torch.no_grad():
         assert_close("forward", expected, attached(stream, **arguments[0]), 1e-6)
         assert_close("snapshot", expected, run([attached.snapshot()], arguments[:1], stream, 2, CPU), 1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_in_pinned_memory_pass_as_those_beside_the_blocks(model: LlamaForCausalLM, windows: Tensor) -> None:
+    device = torch.device("cuda")
+    stream, arguments = capture(model, windows, StreamStorage(), CPU)
+    blocks, there = model.model.layers.to(device), [to_device(each, device) for each in arguments]
+    expected = run(blocks, there, stream.to(device), 2, device)
+    result = run(blocks, there, stream.pin_memory(), 2, device)
+    assert result.is_pinned() and torch.equal(result, expected.cpu())
