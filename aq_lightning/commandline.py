@@ -290,6 +290,6 @@ class PlanningLine(CommandLine):
         check_steps(ranks, samples, model.recipe.batch_size, section.accumulate_grad_batches)
         probe = Probe(prepared, self.trainer.strategy.root_device, length, ranks)
         with TemporaryDirectory() as scratch:
-            measured = probe.measure(self.instantiate_trainer(max_epochs=1, default_root_dir=scratch))
+            measured = probe.measure(self.instantiate_trainer(max_epochs=probe.epochs, default_root_dir=scratch))
         for line in plan_lines(prepared, measured, (samples, length), section.max_epochs, ranks):
             print(line)

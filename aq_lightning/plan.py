@@ -1,11 +1,11 @@
-"""What a run would do and cost, before it begins: shapes, and two steps on a random block."""
+"""What a run would do and cost, before it begins: shapes, and some steps on a random block."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -27,7 +27,8 @@ from aq_lightning.preparation import Prepared
 from aq_lightning.quantizers import quantized
 
 _VOCABULARY = 64  # tokens of the random model
-_STEPS = 2
+_STEPS = 2  # batches that the probe has
+_RECORDED = 4  # epochs of them on a GPU, whose first step records the others
 _TUNED = 4  # passes that a step of tuning is worth: forward twice, and backward
 _PASSES = 7  # full precision, four candidates, the merged block, and on to the next
 
@@ -39,7 +40,7 @@ class Measured:
     step: float
     """Seconds of a training step; 0: nothing is trained."""
     forward: float
-    """Seconds of a pass of one batch."""
+    """Seconds of a pass of one batch, when others went before."""
     rest: float
     """Seconds of rounding for good."""
     memory: int
@@ -47,7 +48,7 @@ class Measured:
 
 
 class Probe:
-    """A random block of a model's shape, calibrated for two steps.
+    """A random block of a model's shape, calibrated for some steps.
 
     Args:
         prepared: the model and the recipe.
@@ -59,19 +60,25 @@ class Probe:
     def __init__(self, prepared: Prepared, device: torch.device, length: int, ranks: int = 1) -> None:
         self.prepared, self.device = prepared, device
         self.recipe = replace(prepared.recipe, batch_size=-(-prepared.recipe.batch_size // ranks))
+        self.epochs = _RECORDED if device.type == "cuda" else 1
         size = self.recipe.batch_size * _STEPS
         self.windows = torch.randint(_VOCABULARY, (size, length))
         self.model = Pretrained(prepared.source, self._random_model(), None, prepared.architecture)
 
     def measure(self, trainer: Trainer) -> Measured:
-        """Two steps of training, the second of which counts, one pass and one merge."""
+        """Training, whose later steps count, one pass and one merge.
+
+        Args:
+            trainer: for :attr:`epochs`.
+        """
         recipe = self.recipe
         reset_peak_memory(self.device)
         stream, arguments = capture(self.model.shell(), self.windows, recipe.streams, self.device)
         live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, self.prepared.architecture.sites) as activations:
             target = live.run(stream, exact=True)
-        forward = self._seconds(lambda: live.run(stream)) / _STEPS
+        live.run(stream)
+        forward = min(self._seconds(lambda: live.run(stream)) for _ in range(2)) / _STEPS
         with quantized(live.blocks, recipe.scheme):
             module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
             stopwatch = _Stopwatch(self._now)
@@ -92,7 +99,7 @@ class Probe:
         run_here(model.config)
         return model
 
-    def _seconds(self, work: object) -> float:
+    def _seconds(self, work: Callable[[], object]) -> float:
         began = self._now()
         work()
         return self._now() - began
@@ -104,16 +111,20 @@ class Probe:
 
 
 class _Stopwatch(Callback):
-    """Seconds of the last step."""
+    """Seconds of a step, the median of the later half."""
 
-    def __init__(self, now: partial) -> None:
-        self.now, self.seconds, self.began = now, 0.0, 0.0
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.each, self.began = now, [], 0.0
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.each[len(self.each) // 2 :]) if self.each else 0.0
 
     def on_train_batch_start(self, *_: object) -> None:
         self.began = self.now()
 
     def on_train_batch_end(self, *_: object) -> None:
-        self.seconds = self.now() - self.began
+        self.each.append(self.now() - self.began)
 
 
 def plan_lines(

@@ -1,14 +1,19 @@
-"""Host memory does not grow with the number of blocks."""
+"""Memory does not grow with the number of blocks."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import CONFIGS, ROOT, tiny_llama, word_tokenizer
+from torch import Tensor
+
+from aq_lightning import pipeline
 
 FEW, MANY = 8, 64  # blocks
 PEAK = """
@@ -46,3 +51,24 @@ def test_host_memory_is_flat_in_the_number_of_blocks(tmp_path: Path, text_file: 
     """From 8 blocks to 64 the peak stays within 5 %; read whole, the model alone would add more than 100 MB."""
     few, many = (peak(tmp_path / str(blocks), text_file, blocks) for blocks in (FEW, MANY))
     assert many <= 1.05 * few, f"{FEW} blocks: {few / 1024:.0f} MiB, {MANY} blocks: {many / 1024:.0f} MiB"
+
+
+def test_nothing_is_left_of_the_streams_of_the_block_before(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enters a block in full precision and quantized, at first the same; what it answers; what it is to answer."""
+    calibrate, counts = pipeline.calibrate, []
+
+    def counted(job: pipeline.Job, *others: object) -> None:
+        like = others[3].full
+        alike = [
+            each
+            for each in gc.get_objects()
+            if type(each) is Tensor and (each.shape, each.dtype) == (like.shape, like.dtype)
+        ]
+        counts.append(len({each.untyped_storage().data_ptr() for each in alike}))
+        calibrate(job, *others)
+
+    monkeypatch.setattr(pipeline, "calibrate", counted)
+    fit("w3a16g32", tmp_path / "run", "--data.samples=7")
+    assert counts == [3, 4]

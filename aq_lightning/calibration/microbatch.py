@@ -85,6 +85,9 @@ class MicroBatched(LightningModule):
     def on_fit_end(self) -> None:
         for optimizer in self.trainer.optimizers:  # nobody steps again, and Lightning would move it all to the host
             optimizer.state.clear()
+        for callback in self.trainer.callbacks:  # which outlive this module: Lightning leaves its methods in them
+            for name in ("log", "log_dict"):
+                vars(callback).pop(name, None)
 
     def cpu(self) -> MicroBatched:
         """Stays where it is: Lightning moves modules to the host behind every fit, frozen blocks and all."""
