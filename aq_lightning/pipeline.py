@@ -139,7 +139,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
             with observed(live.blocks, model.architecture.sites) as activations:
                 full = live.run(streams.full, exact=True)  # what the full-precision model answers
             if not job.journal.finished(indices.start):
-                target = _target(live, full, streams.quantized)
+                target = live.target(full, streams.quantized)
                 with quantized(live.blocks, recipe.scheme):
                     calibrate(job, live, position, activations, streams, target, share)
                 del target  # two streams stay between windows
@@ -151,19 +151,6 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                 keeper.keep(following[indices.start], streams)
         if not all(job.journal.finished(start) for start in starts):
             tune_scales(job, (entering, streams.full), arguments, len(windows))
-
-
-def _target(live: LiveWindow, full: Tensor, inputs: Tensor) -> Tensor:
-    """What a window is to answer, a stream.
-
-    Args:
-        live: the window, as it is in full precision.
-        full: its answer to the full-precision stream.
-        inputs: the quantized stream.
-    """
-    recipe = live.recipe
-    same_input = live.run(inputs) if recipe.objective.same_input else None
-    return recipe.streams.store(recipe.objective.target(full, same_input), live.device)
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -182,13 +182,14 @@ def run(
     batch_size: int,
     device: torch.device,
     half: bool = False,
+    change: Callable[[slice, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """:func:`answers` together: a new stream like the given one; :func:`check_finite` says whether its dtype could hold
-    it."""
+    it. What ``change`` makes of each answer, on the device, is kept in its place."""
     pinned = stream.is_pinned()
     result = torch.empty_like(stream, pin_memory=pinned)
     for where, answered in answers(blocks, arguments, stream, batch_size, device, half):
-        result[where].copy_(answered, non_blocking=pinned)
+        result[where].copy_(answered if change is None else change(where, answered), non_blocking=pinned)
     if pinned:
         torch.cuda.current_stream(device).synchronize()
     return result

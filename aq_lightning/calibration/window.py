@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,19 @@ class LiveWindow:
 
     def run(self, stream: Tensor, exact: bool = False) -> Tensor:
         """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`."""
-        if not exact and self._half_suffices(self.blocks, stream[:1]):
-            answer = self._run(self.blocks, stream, half=True)
-            if finite(answer, self.device):
-                return answer
-        return check_finite(self._run(self.blocks, stream), self.device)
+        return self._run(stream, exact)
+
+    def target(self, full: Tensor, inputs: Tensor) -> Tensor:
+        """What the window is to answer, a stream.
+
+        Args:
+            full: the answer to the full-precision stream.
+            inputs: the quantized stream.
+        """
+        objective = self.recipe.objective
+        if not objective.same_input:
+            return objective.target(full, None)
+        return self._run(inputs, change=lambda where, same: objective.target(full[where].to(self.device), same))
 
     def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
@@ -160,8 +168,16 @@ class LiveWindow:
     def _passes(self) -> list[Passes]:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
-    def _run(self, blocks: Sequence[BlockFunction], stream: Tensor, half: bool = False) -> Tensor:
-        return run(blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
+    def _run(
+        self, stream: Tensor, exact: bool = False, change: Callable[[slice, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """See :func:`aq_lightning.calibration.streams.run`; in float16 where that suffices."""
+        if not exact and self._half_suffices(self.blocks, stream[:1]):
+            found = run(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, True, change)
+            if finite(found, self.device):
+                return found
+        found = run(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, False, change)
+        return check_finite(found, self.device)
 
     @torch.no_grad()
     def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool = False) -> Tensor:

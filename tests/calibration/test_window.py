@@ -1,6 +1,8 @@
-"""Passes in float16 where it reaches, and as they were where it does not."""
+"""Passes in float16 where it reaches, and as they were where it does not; what a window is to answer."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from aq_lightning.calibration import LiveWindow, capture
 from aq_lightning.calibration.streams import run
 from aq_lightning.models.llama import SPEC
 from aq_lightning.models.loading import Pretrained, Source
+from aq_lightning.objectives import BlockMSE
 from aq_lightning.recipe import StreamStorage
 
 
@@ -68,3 +71,14 @@ def test_what_float16_loses_unseen_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         block.mlp.down_proj.weight *= 1e7
         block.mlp.up_proj.weight /= 1e7
     assert not torch.equal(live.run(stream), live.run(stream, exact=True)), "each pass decides for itself"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
+@pytest.mark.parametrize("same_input", [False, True])
+def test_target(same_input: bool) -> None:
+    live, stream = window()
+    live.recipe = replace(live.recipe, objective=BlockMSE(same_input))
+    full, inputs = live.run(stream), stream + 0.1 * torch.randn(stream.shape)
+    expected = live.recipe.objective.target(full, live.run(inputs) if same_input else None)
+    assert torch.equal(live.target(full, inputs), expected)
+    assert torch.equal(expected, full) is not same_input, "the control"
