@@ -41,6 +41,7 @@ def candidates(product: Product) -> list[Config]:
         for splits in (1, 2, 3, 4, 6, 8)
         if _sensible(product, rows, tokens, unroll, splits, warps)
     ]
+    found += _divided(product)
     found = [config for config in found if shared(config, product) <= _SHARED]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
         return list(dict.fromkeys(replace(config, scaled=False) for config in found))
@@ -68,6 +69,16 @@ def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[tuple
         yield 64, [(128, 4), (256, 8)], even, [False]
     if tokens > 128:
         yield 256, [(128, 8)], shallow[:2], [True]
+
+
+def _divided(product: Product) -> Iterator[Config]:
+    """Blocks whose warps divide the columns, for few tokens; sums of a warp fit its registers."""
+    tokens = next((width for width in (8, 16, 32, 64) if product.tokens <= width), None)
+    if tokens is None:
+        return
+    for rows, warps, stages in combinations((16, 32, 64), (4, 8), (3, 4)):
+        if rows * tokens <= 2048 and product.columns >= 2 * 128 * warps:
+            yield Config(rows, tokens, stages=stages, warps=warps, divided=True)
 
 
 def _sensible(product: Product, rows: int, tokens: int, unroll: int, splits: int, warps: int) -> bool:

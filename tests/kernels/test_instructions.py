@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aq_lightning.kernels.int4_int8_matmul.triton import instructions as integer_instructions
+from aq_lightning.kernels.int4_int8_matmul.tiles import instructions as integer_instructions
 from aq_lightning.kernels.int4_matmul.unpack import base, instructions, start, whole
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

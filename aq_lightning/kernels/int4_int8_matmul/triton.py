@@ -13,63 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from aq_lightning.kernels.dispatch import Compute, Launch
+from aq_lightning.kernels.int4_int8_matmul.divided import divided_kernel
 from aq_lightning.kernels.int4_int8_matmul.rounding import quantizer
+from aq_lightning.kernels.int4_int8_matmul.tiles import operands, store
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows
-from aq_lightning.kernels.int4_matmul.unpack import beside, common
+from aq_lightning.kernels.int4_matmul.unpack import common
 from aq_lightning.kernels.packed import Operands
 from aq_lightning.kernels.workspace import Workspace, last_of
-
-
-@triton.constexpr_function
-def instructions(bits, code, half):
-    """PTX: (four bytes, zero point four times) → code − zero point four times; with a half, only bytes 2c + half."""
-    mask = (2**bits - 1) * 0x01010101
-    kept = 0xFFFFFFFF if half < 0 else 0x00FF00FF << 8 * half
-    return f"""{{ .reg .b32 t; shr.u32 t, $1, {bits * code};
-        lop3.b32 t, t, {mask}, 0x80808080, 0xEA;
-        sub.u32 t, t, $2;
-        lop3.b32 $0, t, 0x80808080, {kept}, 0x28; }}"""
-
-
-@triton.jit
-def _operand(b_bytes, b_z, BITS: tl.constexpr, CODE: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Code minus zero point, int8 [R, 2 · chunk]; where HALF is 0 or 1, zero in the bytes of the other half."""
-    b_z = tl.broadcast_to(b_z.to(tl.int8)[:, None], b_bytes.shape)
-    if ASSEMBLY:
-        asm: tl.constexpr = instructions(BITS, CODE, HALF)
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [b_bytes, b_z], tl.int8, True, 4)
-    else:
-        b_u = ((b_bytes.to(tl.int32) >> (BITS * CODE)) & (2**BITS - 1)) - b_z.to(tl.int32)
-        if HALF >= 0:
-            o_e = tl.arange(0, b_bytes.shape[1])
-            b_u = tl.where((o_e % 2 == HALF)[None, :], b_u, 0)
-        return b_u.to(tl.int8)
-
-
-@triton.jit
-def _operands(
-    b_bytes, b_z, BITS: tl.constexpr, CODE: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr
-):
-    """WIDE codes from CODE on, side by side, int8 [R, WIDE · 2 · chunk]."""
-    if WIDE == 1:
-        return _operand(b_bytes, b_z, BITS, CODE, HALF, ASSEMBLY)
-    else:
-        b_left = _operands(b_bytes, b_z, BITS, CODE, WIDE // 2, HALF, ASSEMBLY)
-        return beside(b_left, _operands(b_bytes, b_z, BITS, CODE + WIDE // 2, WIDE // 2, HALF, ASSEMBLY))
-
-
-@triton.jit
-def _store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Stores sums [R, T], scaled by tokens (and rows), as Y."""
-    if ROW_SCALE:
-        b_y = b_y * b_s[:, None]
-    b_y = b_y * tl.load(scale + o_m, mask=o_m < M, other=0.0)[None, :]
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
-    p_y = y + o_m[None, :].to(tl.int64) * N + o_n[:, None]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "spans", "steps", "splits"])
@@ -113,12 +65,12 @@ def _int4_int8_matmul_kernel(
             for code in tl.static_range(begin % CODES % PER, begin % CODES % PER + COUNT, WIDE):
                 b_bytes = tl.load(p_w + i_tile * (64 * BYTES))
                 b_x = tl.load(p_x + (i_span * PER + code) * BYTES, mask=(o_m < M)[None, :], other=0)
-                b_w = _operands(b_bytes, b_z, BITS, code, WIDE, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY)
+                b_w = operands(b_bytes, b_z, BITS, code, WIDE, -1 if SAME == CODES else begin % CODES // PER, ASSEMBLY)
                 b_sum = tl.dot(b_w, b_x, b_sum, out_dtype=tl.int32)
             b_y = b_sum if GROUP == 0 else b_y + b_sum.to(tl.float32) * b_s[:, None]
     b_y = b_y.to(tl.float32)
     if not SPLIT:
-        _store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+        store(b_y, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
         i_part = i_n * tl.num_programs(0) + i_m
         p_partial = partial + i_part.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
@@ -128,7 +80,7 @@ def _int4_int8_matmul_kernel(
             b_all = tl.zeros([R, T], tl.float32)
             for split in range(splits):
                 b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
-            _store(b_all, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+            store(b_all, b_s, scale, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
 def width_of(columns: int, weight: Operands, config: Config) -> int:
@@ -166,18 +118,28 @@ def multiplier(x: Tensor, weight: Operands, bias: Tensor | None, config: Config)
     """:func:`multiply` of (codes, scale, words, scales, bias) that look like these, made of what looks like x."""
     columns, dtype, (groups, rows), chunk = x.shape[-1], x.dtype, weight.scales.shape, weight.words.shape[4]
     tokens, shape, width = x.shape[:-1].numel(), (*x.shape[:-1], rows), width_of(columns, weight, config)
+    shares = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows)
+    constants = {
+        "BITS": weight.bits, "CHUNK": chunk, "GROUP": 0 if groups == 1 else columns // groups // chunk,
+        "HAS_BIAS": bias is not None, "R": config.rows, "T": config.tokens, "STAGES": config.stages,
+        "OVERLAP": config.overlap, "ASSEMBLY": x.is_cuda and torch.version.cuda is not None,
+    }  # fmt: skip
+    numbers = tokens, rows, columns, width, weight.words.shape[1]
+    if config.divided:
+        launch = Launch(divided_kernel, shares, numbers, {**constants, "PARTS": config.warps}, **config.options)
+
+        def divided(codes: Tensor, scale: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+            y = codes.new_empty(shape, dtype=dtype)
+            launch(codes, scale, words.view(torch.int8), scales, bias, y)
+            return y
+
+        return divided
     steps = triton.cdiv(width // (config.unroll * weight.span), config.splits)
-    grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
+    grid = *shares, config.splits
     workspace = Workspace(grid, config.rows * config.tokens)
     launch = Launch(
-        _int4_int8_matmul_kernel, grid,
-        (tokens, rows, columns, width, weight.words.shape[1], steps, config.splits),
-        {
-            "BITS": weight.bits, "CHUNK": chunk, "GROUP": 0 if groups == 1 else columns // groups // chunk,
-            "HAS_BIAS": bias is not None, "R": config.rows, "T": config.tokens, "UNROLL": config.unroll,
-            "SPLIT": config.splits > 1, "STAGES": config.stages, "JOINED": config.joined, "OVERLAP": config.overlap,
-            "ASSEMBLY": x.is_cuda and torch.version.cuda is not None,
-        },
+        _int4_int8_matmul_kernel, grid, (*numbers, steps, config.splits),
+        {**constants, "UNROLL": config.unroll, "SPLIT": config.splits > 1, "JOINED": config.joined},
         **config.options,
     )  # fmt: skip
 

@@ -39,6 +39,8 @@ class Config:
     """Whether it starts before the kernel ahead has ended; Hopper."""
     joined: bool = False
     """Whether chunks that share a scale are one product, so that tensor cores are waited for once, not for each."""
+    divided: bool = False
+    """Whether warps share rows and tokens and divide the columns."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 
@@ -97,7 +99,8 @@ def rule(product: Product, processors: int) -> Config:
 
 def shared(config: Config, product: Product) -> int:
     """Bytes of shared memory that a block takes, about: two bytes an activation, as if none were rounded."""
-    columns = config.unroll * min(256, 32 * tiling(product.bits)[0])
+    tiles = config.warps if config.divided else config.unroll
+    columns = tiles * min(256, 32 * tiling(product.bits)[0])
     weights = config.rows * (columns * product.bits // 8 + 4)
     return (config.stages - 1) * weights + config.stages * config.tokens * columns * 2
 

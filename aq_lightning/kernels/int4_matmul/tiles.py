@@ -1,4 +1,4 @@
-"""A tile's packed weights, unpacked in registers, with the grids of its rows."""
+"""A tile of packed weights, unpacked in registers, with the grids of its rows; and how one of the answer is stored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ def grid_of_rows(p_scales, m):
     """Scales and zero points of rows, float32 [R]; 0 where masked."""
     b_word = tl.load(p_scales, mask=m, other=0)
     return (b_word & -256).to(tl.float32, bitcast=True), (b_word & 255).to(tl.float32)
+
+
+@triton.jit
+def finish(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Stores a tile of Yᵀ, [R, T], as Y."""
+    if ROW_SCALE:
+        b_y = b_y * b_s[:, None]
+    if HAS_BIAS:
+        b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+    p_y = y + o_m[None, :].to(tl.int64) * N + o_n[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
 
 
 @triton.jit

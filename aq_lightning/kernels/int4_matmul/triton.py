@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from aq_lightning.kernels.dispatch import Compute, Launch
+from aq_lightning.kernels.int4_matmul import divided
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, weight_of, weights_of
+from aq_lightning.kernels.int4_matmul.tiles import finish, grid_of_rows, weight_of, weights_of
 from aq_lightning.kernels.int4_matmul.unpack import common, together
 from aq_lightning.kernels.packed import Operands, tiling
 from aq_lightning.kernels.workspace import Workspace, last_of
@@ -65,17 +66,6 @@ def _sum(
     return b_y
 
 
-@triton.jit
-def _finish(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Stores a tile of Yᵀ, [R, T], as Y."""
-    if ROW_SCALE:
-        b_y = b_y * b_s[:, None]
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
-    p_y = y + o_m[None, :].to(tl.int64) * N + o_n[:, None]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_m < M)[None, :] & (o_n < N)[:, None])
-
-
 @triton.jit(do_not_specialize=["M", "spans", "steps", "splits"])
 def _int4_matmul_kernel(
     x, words, scales, bias, y, partial, counter,
@@ -109,7 +99,7 @@ def _int4_matmul_kernel(
         BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, SAME, WIDE, STAGES, SCALED, ASSEMBLY,
     )  # fmt: skip
     if not SPLIT:
-        _finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+        finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
         i_tile = i_n * tl.num_programs(0) + i_m
         p_partial = partial + i_tile.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
@@ -119,7 +109,7 @@ def _int4_matmul_kernel(
             b_all = tl.zeros([R, T], tl.float32)
             for split in range(splits):
                 b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
-            _finish(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+            finish(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
 @triton.jit
@@ -168,6 +158,8 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
             return torch.nn.functional.linear(x, dense, bias if bias is None else bias.to(x))
 
         return dequantized
+    if config.divided:
+        return divided.plan(x, weight, bias, config, constants)
     step = config.unroll * weight.span
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits

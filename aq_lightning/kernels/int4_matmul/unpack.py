@@ -84,7 +84,7 @@ def dtype_pair(dtype):
 @triton.jit
 def _twice(b_row, b_w, DTYPE: tl.constexpr):
     """A number for each row, in DTYPE, as each of its words reads it."""
-    return tl.broadcast_to(b_row.to(tl.float16 if DTYPE == "fp16" else tl.bfloat16)[:, None], b_w.shape)
+    return tl.broadcast_to(tl.expand_dims(b_row.to(tl.float16 if DTYPE == "fp16" else tl.bfloat16), -1), b_w.shape)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def operand(
     b_w, b_next, b_z, b_s,
     BITS: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Code minus zero point, times the scale if SCALED, in DTYPE [R, C].
+    """Code minus zero point, times the scale if SCALED, in DTYPE [R, C]; of several tiles [P, R, C].
 
     Args:
         b_w, b_next: words in which the code begins and ends, int16 [R, C].
@@ -122,7 +122,7 @@ def operand(
         if start(BITS, CODE) + BITS > 16:
             b_string = b_string | (b_next.to(tl.int32) << 16)
         b_u = (b_string >> start(BITS, CODE)) & (2**BITS - 1)
-        b_v = b_u.to(tl.float32) - b_z[:, None]
+        b_v = b_u.to(tl.float32) - tl.expand_dims(b_z, -1)
         if SCALED:
-            b_v = b_v * b_s[:, None]
+            b_v = b_v * tl.expand_dims(b_s, -1)
         return b_v.to(tl.float16 if DTYPE == "fp16" else tl.bfloat16)

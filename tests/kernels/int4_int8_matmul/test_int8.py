@@ -82,6 +82,8 @@ def test_the_kernel_equals_the_plain_path(bits, columns, size, answer) -> None:
         Config(64, 16, splits=2),
         Config(16, 8, unroll=2, warps=1),
         Config(32, 8, joined=True),
+        Config(32, 8, warps=2, divided=True),
+        Config(16, 16, stages=3, warps=4, divided=True),
     ):
         assert_close(str(config), expected, answer(x, packed, activation_bits, bias, config), ROUNDING[dtype])
 

@@ -57,6 +57,8 @@ CONFIGS = [
     Config(64, 16, joined=True),
     Config(64, 16, splits=2, scaled=True, joined=True),
     Config(32, 8, unroll=2, joined=True),
+    Config(32, 8, stages=3, warps=2, divided=True),
+    Config(16, 16, warps=4, divided=True),
     Config(dequantize=True),
 ]
 
@@ -86,6 +88,8 @@ def test_every_width_of_codes(bits, scaled, answer) -> None:
         packed = operands(weight)
         expected = naive.int4_matmul(x.float(), *packed)
         assert_close(f"{columns}", expected, answer(x, packed, None, config), ROUNDING[dtype])
+        divided = answer(x, packed, None, Config(32, 8, warps=4, divided=True))
+        assert_close(f"{columns}, divided", expected, divided, ROUNDING[dtype])
 
 
 @pytest.mark.parametrize(("bits", "config"), [
