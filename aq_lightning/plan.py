@@ -22,13 +22,14 @@ from aq_lightning.calibration import (
     reset_peak_memory,
 )
 from aq_lightning.experts import run_here
+from aq_lightning.export import compressed_tensors
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.preparation import Prepared
 from aq_lightning.quantizers import quantized
 
 _VOCABULARY = 64  # tokens of the random model
 _STEPS = 2  # batches that the probe has
-_RECORDED = 4  # epochs of them on a GPU, whose first step records the others
+_EPOCHS = 3  # of them; the first step of all compiles and records, where steps are
 _TUNED = 4  # passes that a step of tuning is worth: forward twice, and backward
 _PASSES = 7  # full precision, four candidates, the merged block, and on to the next
 
@@ -39,10 +40,12 @@ class Measured:
 
     step: float
     """Seconds of a training step; 0: nothing is trained."""
+    epoch: float
+    """Seconds of an epoch beside its steps."""
     forward: float
     """Seconds of a pass of one batch, when others went before."""
     rest: float
-    """Seconds of rounding for good."""
+    """Seconds of what is done once: transforms and ranges to start from, three times, and rounding for good."""
     memory: int
     """Peak bytes of the device with two batches, on a CPU of the whole process."""
 
@@ -60,13 +63,13 @@ class Probe:
     def __init__(self, prepared: Prepared, device: torch.device, length: int, ranks: int = 1) -> None:
         self.prepared, self.device = prepared, device
         self.recipe = replace(prepared.recipe, batch_size=-(-prepared.recipe.batch_size // ranks))
-        self.epochs = _RECORDED if device.type == "cuda" else 1
+        self.epochs = _EPOCHS
         size = self.recipe.batch_size * _STEPS
         self.windows = torch.randint(_VOCABULARY, (size, length))
         self.model = Pretrained(prepared.source, self._random_model(), None, prepared.architecture)
 
     def measure(self, trainer: Trainer) -> Measured:
-        """Training, whose later steps count, one pass and one merge.
+        """Training, whose later steps count, a pass, and what stands before and behind training.
 
         Args:
             trainer: for :attr:`epochs`.
@@ -85,8 +88,10 @@ class Probe:
             trainer.callbacks.append(stopwatch)
             if module.trainable():
                 trainer.fit(module, Pairs(stream, target, recipe.batch_size, 0))
-            rest = self._seconds(lambda: live.merge(module.blocks, [{}]))
-        return Measured(stopwatch.seconds, forward, rest, peak_memory(self.device))
+            rest = 2 * self._seconds(lambda: live.attach(activations, stream))
+            rest += self._seconds(lambda: live.attach_nearest(stream))
+            rest += self._seconds(lambda: compressed_tensors.pack(live.merge(module.blocks, [{}]), recipe.layout))
+        return Measured(stopwatch.step, stopwatch.epoch, forward, rest, peak_memory(self.device))
 
     def _random_model(self) -> torch.nn.Module:
         """One block and a few tokens, in the storage dtype; the weights are those that training would start from."""
@@ -111,14 +116,26 @@ class Probe:
 
 
 class _Stopwatch(Callback):
-    """Seconds of a step, the median of the later half."""
+    """Of a training, in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.each, self.began = now, [], 0.0
+        self.now, self.each, self.began, self.epochs = now, [], 0.0, []
 
     @property
-    def seconds(self) -> float:
+    def step(self) -> float:
+        """The median of the later half."""
         return statistics.median(self.each[len(self.each) // 2 :]) if self.each else 0.0
+
+    @property
+    def epoch(self) -> float:
+        """From one epoch's beginning to the next one's, without the steps; of the last but one."""
+        if len(self.epochs) < 2:
+            return 0.0
+        (first, begun), (last, ended) = self.epochs[-2:]
+        return ended - begun - sum(self.each[first:last])
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self.epochs.append((len(self.each), self.now()))
 
     def on_train_batch_start(self, *_: object) -> None:
         self.began = self.now()
@@ -159,7 +176,7 @@ def plan_lines(
 def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
     """Of one block: steps, passes of all samples, and rounding. Several processes have as many, smaller batches."""
     passes = (_PASSES + same_input) * batches * measured.forward
-    return epochs * batches * measured.step + passes + measured.rest
+    return epochs * (batches * measured.step + measured.epoch) + passes + measured.rest
 
 
 def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks: int = 1) -> dict[str, int]:

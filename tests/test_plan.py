@@ -79,8 +79,10 @@ def test_plan_of_several_processes(plan: Callable[..., str]) -> None:
 
 
 def test_time_counts_steps_and_passes() -> None:
-    measured = Measured(step=2.0, forward=0.5, rest=3.0, memory=0)
-    assert block_seconds(measured, batches=10, epochs=20, same_input=True) == 20 * 10 * 2.0 + 8 * 10 * 0.5 + 3.0
+    measured = Measured(step=2.0, epoch=0.25, forward=0.5, rest=3.0, memory=0)
+    assert (
+        block_seconds(measured, batches=10, epochs=20, same_input=True) == 20 * (10 * 2.0 + 0.25) + 8 * 10 * 0.5 + 3.0
+    )
 
 
 def test_plan_writes_nothing(plan: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
