@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import CONFIGS, ROOT, tiny_llama, word_tokenizer
 from torch import Tensor
 
 from aq_lightning import pipeline
+from aq_lightning.calibration import LiveWindow
 
 FEW, MANY = 8, 64  # blocks
 PEAK = """
@@ -56,19 +58,24 @@ def test_host_memory_is_flat_in_the_number_of_blocks(tmp_path: Path, text_file: 
 def test_nothing_is_left_of_the_streams_of_the_block_before(
     fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What enters a block in full precision and quantized, at first the same; what it answers; what it is to answer."""
-    calibrate, counts = pipeline.calibrate, []
+    """What enters a block in full precision and quantized, at first the same; what it answers; what it is to answer.
+    Counted where a block answers the one, is fitted, and answers the other."""
+    calibrate, run, counts = pipeline.calibrate, LiveWindow.run, []
 
-    def counted(job: pipeline.Job, *others: object) -> None:
-        like = others[3].full
-        alike = [
-            each
-            for each in gc.get_objects()
-            if type(each) is Tensor and (each.shape, each.dtype) == (like.shape, like.dtype)
-        ]
+    def count(like: Tensor) -> None:
+        looks = like.shape, like.dtype
+        alike = [each for each in gc.get_objects() if type(each) is Tensor and (each.shape, each.dtype) == looks]
         counts.append(len({each.untyped_storage().data_ptr() for each in alike}))
+
+    def calibrated(job: pipeline.Job, *others: Any) -> None:
+        count(others[3].full)
         calibrate(job, *others)
 
-    monkeypatch.setattr(pipeline, "calibrate", counted)
+    def answered(live: LiveWindow, stream: Tensor, exact: bool = False) -> Tensor:
+        count(stream)
+        return run(live, stream, exact)
+
+    monkeypatch.setattr(pipeline, "calibrate", calibrated)
+    monkeypatch.setattr(LiveWindow, "run", answered)
     fit("w3a16g32", tmp_path / "run", "--data.samples=7")
-    assert counts == [3, 4]
+    assert counts == [1, 3, 2, 2, 4, 3]

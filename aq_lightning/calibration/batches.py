@@ -115,6 +115,10 @@ class Pairs:
         self._upload.finish(batch.inputs, batch.targets)
         return batch
 
+    def let_go(self) -> None:
+        """Holds no streams any longer: a Trainer's loops refer to it and to themselves, and are found late."""
+        self.inputs = self.targets = self.inputs[:0].clone()
+
     def state_dict(self) -> dict[str, Any]:
         """Where in the orders this is."""
         return {"before": self._before, "taken": self._taken, "generator": self._generator.get_state()}

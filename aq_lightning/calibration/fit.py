@@ -120,8 +120,9 @@ class _Fitting:
         for caution in _CAUTION:
             attached = self.live.attach(self.activations, self.data[0])
             module = self.module(attached, caution, opening * caution, _EXPLODED * self.start.loss)
-            began = time.monotonic()
-            self.trainer().fit(module, self.loader())  # waits for its last epoch's loss
+            began, batches = time.monotonic(), self.loader()
+            self.trainer().fit(module, batches)  # waits for its last epoch's loss
+            batches.let_go()
             self.seconds += time.monotonic() - began
             if module.cause is None:
                 candidates.append(self.candidate("trained", module, module.state()))

@@ -82,9 +82,11 @@ class MicroBatched(LightningModule):
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
-    def on_fit_end(self) -> None:
+    def on_train_end(self) -> None:
         for optimizer in self.trainer.optimizers:  # nobody steps again, and Lightning would move it all to the host
             optimizer.state.clear()
+
+    def on_fit_end(self) -> None:
         for callback in self.trainer.callbacks:  # which outlive this module: Lightning leaves its methods in them
             for name in ("log", "log_dict"):
                 vars(callback).pop(name, None)

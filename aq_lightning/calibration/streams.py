@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +60,8 @@ def capture(
                 model.base_model(input_ids=window[None].to(outside[0].device), use_cache=False)
                 blocks[0].forward = partial(_enter, inputs)
             inputs[-1] = inputs[-1].to("cpu" if storage.place == "host" else device).to(storage.torch_dtype)
-    return check_finite(storage.store(torch.cat(inputs), device), device), arguments
+    stream = storage.store(torch.cat(inputs), device)
+    return check_finite(stream, bool(torch.isfinite(stream).all())), arguments
 
 
 class _Entered(Exception):
@@ -137,7 +138,7 @@ def _passing_through(
 
 
 @torch.no_grad()
-def answers(
+def each_answer(
     blocks: Sequence[BlockFunction],
     arguments: Sequence[Arguments],
     stream: Tensor,
@@ -168,11 +169,13 @@ def answers(
                 for block, others in zip(blocks, arguments, strict=True):
                     hidden = answer(block, hidden, others)
             answered = hidden.to(stream.dtype)
+        hidden = None
         if answered is None:
             batch_size = (batch_size + 1) // 2
             continue
-        yield slice(start, start + len(answered)), answered
-        start += len(answered)
+        where = slice(start, start + len(answered))
+        yield where, answered
+        answered, start = None, where.stop  # the next pass has its memory
 
 
 def run(
@@ -182,17 +185,22 @@ def run(
     batch_size: int,
     device: torch.device,
     half: bool = False,
-    change: Callable[[slice, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """:func:`answers` together: a new stream like the given one; :func:`check_finite` says whether its dtype could hold
-    it. What ``change`` makes of each answer, on the device, is kept in its place."""
-    pinned = stream.is_pinned()
-    result = torch.empty_like(stream, pin_memory=pinned)
-    for where, answered in answers(blocks, arguments, stream, batch_size, device, half):
-        result[where].copy_(answered if change is None else change(where, answered), non_blocking=pinned)
-    if pinned:
-        torch.cuda.current_stream(device).synchronize()
-    return result
+    """:func:`each_answer` together: a new stream like the given one."""
+    return gathered(each_answer(blocks, arguments, stream, batch_size, device, half), stream)[0]
+
+
+@torch.no_grad()
+def gathered(parts: Iterable[tuple[slice, Tensor]], like: Tensor) -> tuple[Tensor, bool]:
+    """Parts of a stream on a device as one like another, (samples, length, hidden), and where that is; and whether all
+    of it is finite."""
+    pinned = like.is_pinned()
+    result, finite = torch.empty_like(like, pin_memory=pinned), []
+    for where, part in parts:
+        result[where].copy_(part, non_blocking=pinned)
+        finite.append(torch.isfinite(part).all())
+        del part
+    return result, bool(torch.stack(finite).all()) if finite else True  # waits for all copies
 
 
 def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -214,19 +222,13 @@ def to_device(value: object, device: torch.device) -> object:
     return value
 
 
-def finite(stream: Tensor, device: torch.device) -> bool:
-    """Whether a stream holds neither infinities nor NaN; a device looks, a sample at a time."""
-    found = [torch.isfinite(sample.to(device, non_blocking=True)).all() for sample in stream]
-    return bool(torch.stack(found).all()) if found else True
-
-
-def check_finite(stream: Tensor, device: torch.device) -> Tensor:
-    """The stream itself, looked at on a device.
+def check_finite(stream: Tensor, finite: bool) -> Tensor:
+    """The stream itself.
 
     Raises:
-        RequestError: it overflows its dtype, or holds NaN.
+        RequestError: it is not finite: it overflows its dtype, or holds NaN.
     """
-    if not finite(stream, device):
+    if not finite:
         raise RequestError(
             f"A stream holds finite {stream.dtype} numbers, got an overflow or NaN: keep streams in a wider type "
             "(--model.streams.dtype bfloat16 or float32), or check the model's own weights for NaN."

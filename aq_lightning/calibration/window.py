@@ -15,7 +15,7 @@ from aq_lightning.calibration.attach import AttachedBlock, BlockFunction, attach
 from aq_lightning.calibration.cache import choose_cache
 from aq_lightning.calibration.observe import Ranges, initialize
 from aq_lightning.calibration.rounding import Codes, FoldedBlock, Passes, balance, choose_ranges, choose_scales, rounded
-from aq_lightning.calibration.streams import Arguments, Streams, answers, check_finite, finite, run, to_device
+from aq_lightning.calibration.streams import Arguments, Streams, check_finite, each_answer, gathered, run, to_device
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.naming import from_checkpoint, to_checkpoint
 from aq_lightning.models.sites import Architecture, Heads
@@ -73,7 +73,9 @@ class LiveWindow:
         objective = self.recipe.objective
         if not objective.same_input:
             return objective.target(full, None)
-        return self._run(inputs, change=lambda where, same: objective.target(full[where].to(self.device), same))
+        return self._run(
+            inputs, become=lambda where, same: objective.target(full[where].to(self.device, non_blocking=True), same)
+        )
 
     def attach(self, activations: Sequence[Ranges], inputs: Tensor) -> list[AttachedBlock]:
         """The recipe on each block, its transforms started from the activations observed, its ranges chosen for what
@@ -109,7 +111,7 @@ class LiveWindow:
         half = not exact and self._half_suffices(functions, inputs[:1])
         losses = self._losses(functions, inputs, target, half)
         if half and not losses.isfinite().all():
-            losses = self._losses(functions, inputs, target)
+            losses = self._losses(functions, inputs, target, half=False)
         mean = float(distributed.mean(losses))
         return mean if math.isfinite(mean) else math.inf
 
@@ -169,23 +171,25 @@ class LiveWindow:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
     def _run(
-        self, stream: Tensor, exact: bool = False, change: Callable[[slice, Tensor], Tensor] | None = None
+        self, stream: Tensor, exact: bool = False, become: Callable[[slice, Tensor], Tensor] = lambda _, answer: answer
     ) -> Tensor:
-        """See :func:`aq_lightning.calibration.streams.run`; in float16 where that suffices."""
-        if not exact and self._half_suffices(self.blocks, stream[:1]):
-            found = run(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, True, change)
-            if finite(found, self.device):
-                return found
-        found = run(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, False, change)
-        return check_finite(found, self.device)
+        """The blocks' answer to a stream, in float16 where that suffices; what each batch becomes, on the device, is
+        kept."""
+        for half in (True, False) if not exact and self._half_suffices(self.blocks, stream[:1]) else (False,):
+            passes = each_answer(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
+            found, finite = gathered(((where, become(where, answer)) for where, answer in passes), stream)
+            if finite:
+                break
+        return check_finite(found, finite)
 
     @torch.no_grad()
-    def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool = False) -> Tensor:
+    def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool) -> Tensor:
         """The objective of each sample, (samples), on the device."""
         found = []
-        for where, answered in answers(blocks, self.arguments, inputs, self.recipe.batch_size, self.device, half):
+        for where, answer in each_answer(blocks, self.arguments, inputs, self.recipe.batch_size, self.device, half):
             wanted = target[where].to(self.device, non_blocking=True)
-            found += [self.recipe.objective.loss(y[None], t[None]) for y, t in zip(answered, wanted, strict=True)]
+            found += map(self.recipe.objective.loss, answer.split(1), wanted.split(1))
+            del answer, wanted
         return torch.stack(found)
 
     def _half_suffices(self, blocks: Sequence[BlockFunction], sample: Tensor) -> bool:

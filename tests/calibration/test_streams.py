@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from aq_lightning.calibration.attach import attach
-from aq_lightning.calibration.streams import capture, check_finite, run, to_device
+from aq_lightning.calibration.streams import capture, check_finite, each_answer, gathered, run, to_device
 from aq_lightning.errors import RequestError
 from aq_lightning.kernels.products import onednn_is_exact
 from aq_lightning.recipe import StreamStorage
@@ -128,7 +128,7 @@ def test_overflow_is_refused(model: LlamaForCausalLM, windows: Tensor) -> None:
     stream, arguments = capture(model, windows, StreamStorage(), CPU)
     model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     with pytest.raises(RequestError, match="finite torch.float16.*model.streams.dtype"):
-        check_finite(run([model.model.layers[0]], arguments[:1], stream, 2, CPU), CPU)
+        check_finite(*gathered(each_answer([model.model.layers[0]], arguments[:1], stream, 2, CPU), stream))
     wide = run([model.model.layers[0]], arguments[:1], stream.float(), 2, CPU)
     assert wide.isfinite().all() and wide.abs().max() > torch.finfo(torch.float16).max
 
@@ -171,6 +171,8 @@ def test_streams_in_pinned_memory_pass_as_those_beside_the_blocks(model: LlamaFo
     device = torch.device("cuda")
     stream, arguments = capture(model, windows, StreamStorage(), CPU)
     blocks, there = model.model.layers.to(device), [to_device(each, device) for each in arguments]
-    expected = run(blocks, there, stream.to(device), 2, device)
-    result = run(blocks, there, stream.pin_memory(), 2, device)
-    assert result.is_pinned() and torch.equal(result, expected.cpu())
+    expected, pinned = run(blocks, there, stream.to(device), 2, device).cpu(), stream.pin_memory()
+    torch.cuda._sleep(10**8)  # so that copies are late
+    result = run(blocks, there, pinned, 2, device)
+    found = result.clone()
+    assert result.is_pinned() and torch.equal(found, expected)

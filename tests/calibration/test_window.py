@@ -67,6 +67,7 @@ def test_what_float16_loses_unseen_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(live, "_half_suffices", lambda *_: True)
         assert torch.equal(live.run(stream), exact), "what overflows behind the sample that is looked at"
+        assert live.loss(live.blocks, stream, exact) == 0.0
     for block in live.blocks:
         block.mlp.down_proj.weight *= 1e7
         block.mlp.up_proj.weight /= 1e7
@@ -77,7 +78,7 @@ def test_what_float16_loses_unseen_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("same_input", [False, True])
 def test_target(same_input: bool) -> None:
     live, stream = window()
-    live.recipe = replace(live.recipe, objective=BlockMSE(same_input))
+    live.recipe = replace(live.recipe, objective=BlockMSE(same_input), batch_size=2)
     full, inputs = live.run(stream), stream + 0.1 * torch.randn(stream.shape)
     expected = live.recipe.objective.target(full, live.run(inputs) if same_input else None)
     assert torch.equal(live.target(full, inputs), expected)
