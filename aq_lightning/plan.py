@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aq_lightning.calibration import (
@@ -16,6 +19,7 @@ from aq_lightning.calibration import (
     LiveWindow,
     Pairs,
     Position,
+    Streams,
     capture,
     observed,
     peak_memory,
@@ -38,14 +42,18 @@ _PASSES = 7  # full precision, four candidates, the merged block, and on to the 
 class Measured:
     """Of one random block of the model's shape, on this machine."""
 
+    trainings: int
+    """How often a block is trained, each time from its start; 0: nothing is."""
     step: float
-    """Seconds of a training step; 0: nothing is trained."""
+    """Seconds of a training step."""
     epoch: float
     """Seconds of an epoch beside its steps."""
     forward: float
     """Seconds of a pass of one batch, when others went before."""
+    other: float
+    """Seconds for each batch of all else that reads samples: ranges and scales to start from, and the rounder."""
     rest: float
-    """Seconds of what is done once: transforms and ranges to start from, three times, and rounding for good."""
+    """Seconds of what is done once, and rounding for good."""
     memory: int
     """Peak bytes of the device with two batches, on a CPU of the whole process."""
 
@@ -80,18 +88,32 @@ class Probe:
         live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, self.prepared.architecture.sites) as activations:
             target = live.run(stream, exact=True)
-        live.run(stream)
-        forward = min(self._seconds(lambda: live.run(stream)) for _ in range(2)) / _STEPS
+        forward = self._apiece(live.run, stream)[0]
         with quantized(live.blocks, recipe.scheme):
             module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
             stopwatch = _Stopwatch(self._now)
             trainer.callbacks.append(stopwatch)
             if module.trainable():
                 trainer.fit(module, Pairs(stream, target, recipe.batch_size, 0))
-            rest = 2 * self._seconds(lambda: live.attach(activations, stream))
-            rest += self._seconds(lambda: live.attach_nearest(stream))
+            trainings = self._trainings(module)
+
+            def other(data: Tensor) -> None:
+                for _ in range(1 + trainings):
+                    live.attach(activations, data)
+                live.attach_nearest(data)
+                live.round(module.blocks, Streams(data, data), target[: len(data)], math.inf)
+
+            other_each, rest = self._apiece(other, stream)
             rest += self._seconds(lambda: compressed_tensors.pack(live.merge(module.blocks, [{}]), recipe.layout))
-        return Measured(stopwatch.step, stopwatch.epoch, forward, rest, peak_memory(self.device))
+        return Measured(trainings, stopwatch.step, stopwatch.epoch, forward, other_each, rest, peak_memory(self.device))
+
+    def _apiece(self, work: Callable[[Tensor], object], stream: Tensor) -> tuple[float, float]:
+        """Seconds of some work for each batch of a stream, and once, when it was done before."""
+        work(stream)
+        two = self._seconds(lambda: work(stream))
+        one = self._seconds(lambda: work(stream[: len(stream) // _STEPS]))
+        each = max(two - one, 0.0) / (_STEPS - 1)
+        return each, max(one - each, 0.0)
 
     def _random_model(self) -> torch.nn.Module:
         """One block and a few tokens, in the storage dtype; the weights are those that training would start from."""
@@ -103,6 +125,12 @@ class Probe:
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         run_here(model.config)
         return model
+
+    def _trainings(self, module: BlockCalibration) -> int:
+        """How often a window is trained, each from its start."""
+        if not module.trainable():
+            return 0
+        return 2 if self.recipe.diagonal_guard and module.matrices() else 1
 
     def _seconds(self, work: Callable[[], object]) -> float:
         began = self._now()
@@ -116,32 +144,32 @@ class Probe:
 
 
 class _Stopwatch(Callback):
-    """Of a training, in seconds."""
+    """Of a training, in seconds, with all that Lightning does around a step."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.each, self.began, self.epochs = now, [], 0.0, []
+        self.now = now
+        self.starts: list[list[float]] = []
+        """Of each epoch: its own beginning, then its steps'."""
 
     @property
     def step(self) -> float:
-        """The median of the later half."""
-        return statistics.median(self.each[len(self.each) // 2 :]) if self.each else 0.0
+        """From one step's beginning to the next one's; the median without the first, which compiles and records."""
+        each = [after - before for epoch in self.starts for before, after in pairwise(epoch[1:])]
+        return statistics.median(each[1:] or each) if each else 0.0
 
     @property
     def epoch(self) -> float:
-        """From one epoch's beginning to the next one's, without the steps; of the last but one."""
-        if len(self.epochs) < 2:
+        """From one epoch's beginning to the next one's, without its steps; the last."""
+        if len(self.starts) < 2:
             return 0.0
-        (first, begun), (last, ended) = self.epochs[-2:]
-        return ended - begun - sum(self.each[first:last])
+        before, after = self.starts[-2:]
+        return max(after[0] - before[0] - (len(before) - 1) * self.step, 0.0)
 
     def on_train_epoch_start(self, *_: object) -> None:
-        self.epochs.append((len(self.each), self.now()))
+        self.starts.append([self.now()])
 
     def on_train_batch_start(self, *_: object) -> None:
-        self.began = self.now()
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.each.append(self.now() - self.began)
+        self.starts[-1].append(self.now())
 
 
 def plan_lines(
@@ -176,7 +204,8 @@ def plan_lines(
 def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
     """Of one block: steps, passes of all samples, and rounding. Several processes have as many, smaller batches."""
     passes = (_PASSES + same_input) * batches * measured.forward
-    return epochs * (batches * measured.step + measured.epoch) + passes + measured.rest
+    training = measured.trainings * epochs * (batches * measured.step + measured.epoch)
+    return training + passes + batches * measured.other + measured.rest
 
 
 def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks: int = 1) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import CONFIGS
 
+from aq_lightning.calibration import BlockCalibration
 from aq_lightning.cli import main
 from aq_lightning.plan import Measured, block_seconds
 from aq_lightning.strategy import wished
@@ -79,10 +81,17 @@ def test_plan_of_several_processes(plan: Callable[..., str]) -> None:
 
 
 def test_time_counts_steps_and_passes() -> None:
-    measured = Measured(step=2.0, epoch=0.25, forward=0.5, rest=3.0, memory=0)
-    assert (
-        block_seconds(measured, batches=10, epochs=20, same_input=True) == 20 * (10 * 2.0 + 0.25) + 8 * 10 * 0.5 + 3.0
-    )
+    measured = Measured(trainings=2, step=2.0, epoch=0.25, forward=0.5, other=0.125, rest=3.0, memory=0)
+    found = block_seconds(measured, batches=10, epochs=20, same_input=True)
+    assert found == 2 * 20 * (10 * 2.0 + 0.25) + 8 * 10 * 0.5 + 10 * 0.125 + 3.0
+
+
+def test_a_step_is_all_that_is_done_for_it(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows an update too, 2 epochs of 2 steps."""
+    after = BlockCalibration.after_update
+    monkeypatch.setattr(BlockCalibration, "after_update", lambda self: (time.sleep(0.5), after(self)))
+    seconds = float(re.search(r"time: ([\d.]+) s a block", plan("--model.batch_size=4"))[1])
+    assert 4 * 0.5 <= seconds <= 4 * 0.5 + 2
 
 
 def test_plan_writes_nothing(plan: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
