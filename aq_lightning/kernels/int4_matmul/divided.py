@@ -14,7 +14,7 @@ from torch import Tensor
 from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.tiles import finish, grid_of_rows
+from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, store
 from aq_lightning.kernels.int4_matmul.unpack import common, operand, plane, start
 from aq_lightning.kernels.packed import Operands
 
@@ -68,7 +68,7 @@ def _divided_kernel(
                 b_v = operand(b_w, b_next, b_z, b_s, BITS, chunk, DTYPE, False, ASSEMBLY)  # [PARTS, R, CHUNK]
                 b_sum = tl.dot(b_v, b_x, b_sum)
             b_y = b_sum if GROUP == 0 else b_y + b_sum * b_s[:, :, None]
-    finish(tl.sum(b_y, axis=0), b_row, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+    store(tl.sum(b_y, axis=0), b_row, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
 def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config, constants: dict[str, object]) -> Compute:

@@ -16,7 +16,7 @@ def grid_of_rows(p_scales, m):
 
 
 @triton.jit
-def finish(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def store(b_y, b_s, bias, y, o_n, o_m, N, M, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Stores a tile of Yᵀ, [R, T], as Y."""
     if ROW_SCALE:
         b_y = b_y * b_s[:, None]

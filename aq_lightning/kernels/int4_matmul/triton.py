@@ -16,7 +16,7 @@ from aq_lightning.kernels.dispatch import Compute, Launch
 from aq_lightning.kernels.int4_matmul import divided
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
-from aq_lightning.kernels.int4_matmul.tiles import finish, grid_of_rows, weight_of, weights_of
+from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, store, weight_of, weights_of
 from aq_lightning.kernels.int4_matmul.unpack import common, together
 from aq_lightning.kernels.packed import Operands, tiling
 from aq_lightning.kernels.workspace import Workspace, last_of
@@ -99,7 +99,7 @@ def _int4_matmul_kernel(
         BITS, PLANES, CODES, CHUNK, GROUP, DTYPE, RAGGED, R, T, UNROLL, SAME, WIDE, STAGES, SCALED, ASSEMBLY,
     )  # fmt: skip
     if not SPLIT:
-        finish(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+        store(b_y, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
     else:
         i_tile = i_n * tl.num_programs(0) + i_m
         p_partial = partial + i_tile.to(tl.int64) * (splits * R * T) + tl.arange(0, R)[:, None] * T
@@ -109,7 +109,7 @@ def _int4_matmul_kernel(
             b_all = tl.zeros([R, T], tl.float32)
             for split in range(splits):
                 b_all += tl.load(p_partial + split * (R * T), cache_modifier=".cg")
-            finish(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
+            store(b_all, b_s, bias, y, o_n, o_m, N, M, GROUP == 0, HAS_BIAS)
 
 
 @triton.jit

@@ -155,7 +155,8 @@ def test_every_width_on_a_gpu(bits: int) -> None:
     DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="programmatic dependent launch, since Hopper"
 )
 @pytest.mark.parametrize("size", [128, None])
-def test_products_that_start_early_wait_for_what_they_read(size: int | None) -> None:
+@pytest.mark.parametrize("cut", [{"splits": 2, "warps": 2}, {"divided": True}], ids=str)
+def test_products_that_start_early_wait_for_what_they_read(size: int | None, cut: dict) -> None:
     from aq_lightning.kernels.int4_int8_matmul import triton
 
     weight = random_weight(1024, 1024, 4, size, True)
@@ -169,7 +170,7 @@ def test_products_that_start_early_wait_for_what_they_read(size: int | None) -> 
             y = triton.int4_int8_matmul(y, packed, 8, None, config)
         return y
 
-    expected = chain(Config(32, 8, splits=2, warps=2))
+    expected = chain(Config(32, 8, **cut))
     assert expected.isfinite().all() and expected.abs().max() > 0
     for _ in range(20):
-        assert torch.equal(chain(Config(32, 8, splits=2, warps=2, overlap=True)), expected)
+        assert torch.equal(chain(Config(32, 8, **cut, overlap=True)), expected)

@@ -128,11 +128,11 @@ def test_scales_of_another_dtype_than_activations(config, storage, dtype, answer
     assert_close("y", naive.int4_matmul(x.float(), *packed), answer(x, packed, None, config), 2 * ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_the_same_bits_every_time(splits: int, answer) -> None:
+@pytest.mark.parametrize("cut", [{}, {"splits": 3}, {"warps": 8, "divided": True}], ids=str)
+def test_the_same_bits_every_time(cut: dict, answer) -> None:
     weight = random_weight(130, 768, 4, 128, False)
     x, _ = inputs(5, weight, torch.float16)
-    packed, config = operands(weight), Config(16, 8, splits=splits)
+    packed, config = operands(weight), Config(16, 8, **cut)
     first = answer(x, packed, None, config)
     for _ in range(3):
         assert torch.equal(answer(x, packed, None, config), first)
@@ -204,6 +204,7 @@ def test_what_is_worth_measuring(tokens: int, activation_bits: int) -> None:
     configs = candidates(product)
     assert len(configs) == len(set(configs)) > 4
     assert Config(dequantize=True) in configs or tokens < 64 or activation_bits == 8
+    assert any(config.divided for config in configs) == (tokens <= 64)
     assert all(shared(config, product) <= 227 * 1024 for config in configs)
 
 
@@ -255,8 +256,12 @@ def test_a_graph_replays_the_product() -> None:
 @pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability() < (9, 0), reason="programmatic dependent launch, since Hopper"
 )
-@pytest.mark.parametrize(("rows", "splits"), [(16, 4), (64, 1), (128, 4)])
-def test_starting_early_waits_for_what_it_reads(rows: int, splits: int) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [Config(16, 8, splits=4), Config(64, 8), Config(128, 8, splits=4), Config(16, 8, warps=8, divided=True)],
+    ids=str,
+)
+def test_starting_early_waits_for_what_it_reads(config: Config) -> None:
     from aq_lightning.kernels.int4_matmul import triton
 
     weights = [operands(random_weight(1024, 1024, 4, 128, False)) for _ in range(4)]
@@ -268,7 +273,6 @@ def test_starting_early_waits_for_what_it_reads(rows: int, splits: int) -> None:
             y = triton.int4_matmul(torch.nn.functional.rms_norm(y, (1024,)), weight, None, config)
         return y
 
-    config = Config(rows, 8, splits=splits)
     expected = chain(config)
     chain(replace(config, overlap=True))  # compiles
     graph = torch.cuda.CUDAGraph()
