@@ -59,7 +59,7 @@ def test_nothing_is_left_of_the_streams_of_the_block_before(
     fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What enters a block in full precision and quantized, at first the same; what it answers; what it is to answer.
-    Counted where a block answers the one, is fitted, and answers the other."""
+    Counted where a block answers the one, teaches by its answer to the other, is fitted, and answers the other."""
     calibrate, run, counts = pipeline.calibrate, LiveWindow.run, []
 
     def count(like: Tensor) -> None:
@@ -71,11 +71,11 @@ def test_nothing_is_left_of_the_streams_of_the_block_before(
         count(others[3].full)
         calibrate(job, *others)
 
-    def answered(live: LiveWindow, stream: Tensor, exact: bool = False) -> Tensor:
+    def answered(live: LiveWindow, stream: Tensor, *others: Any, **named: Any) -> Tensor:
         count(stream)
-        return run(live, stream, exact)
+        return run(live, stream, *others, **named)
 
     monkeypatch.setattr(pipeline, "calibrate", calibrated)
     monkeypatch.setattr(LiveWindow, "run", answered)
     fit("w3a16g32", tmp_path / "run", "--data.samples=7")
-    assert counts == [1, 3, 2, 2, 4, 3]
+    assert counts == [1, 2, 3, 2, 2, 3, 4, 3]

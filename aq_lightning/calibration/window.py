@@ -59,9 +59,17 @@ class LiveWindow:
         self._biased = [linear for switch in on for linear in architecture.bias_switches[switch]]
         self._half = device.type == "cuda" and recipe.streams.torch_dtype == torch.float16
 
-    def run(self, stream: Tensor, exact: bool = False) -> Tensor:
-        """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`."""
-        return self._run(stream, exact)
+    def run(
+        self, stream: Tensor, exact: bool = False, become: Callable[[slice, Tensor], Tensor] = lambda _, answer: answer
+    ) -> Tensor:
+        """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`. What the
+        answer to some samples becomes by ``become``, on the device, is kept in its place."""
+        for half in (True, False) if not exact and self._half_suffices(self.blocks, stream[:1]) else (False,):
+            passes = each_answer(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
+            found, finite = gathered(((where, become(where, answer)) for where, answer in passes), stream)
+            if finite:
+                break
+        return check_finite(found, finite)
 
     def target(self, full: Tensor, inputs: Tensor) -> Tensor:
         """What the window is to answer, a stream.
@@ -73,7 +81,7 @@ class LiveWindow:
         objective = self.recipe.objective
         if not objective.same_input:
             return objective.target(full, None)
-        return self._run(
+        return self.run(
             inputs, become=lambda where, same: objective.target(full[where].to(self.device, non_blocking=True), same)
         )
 
@@ -169,18 +177,6 @@ class LiveWindow:
 
     def _passes(self) -> list[Passes]:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
-
-    def _run(
-        self, stream: Tensor, exact: bool = False, become: Callable[[slice, Tensor], Tensor] = lambda _, answer: answer
-    ) -> Tensor:
-        """The blocks' answer to a stream, in float16 where that suffices; what each batch becomes, on the device, is
-        kept."""
-        for half in (True, False) if not exact and self._half_suffices(self.blocks, stream[:1]) else (False,):
-            passes = each_answer(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
-            found, finite = gathered(((where, become(where, answer)) for where, answer in passes), stream)
-            if finite:
-                break
-        return check_finite(found, finite)
 
     @torch.no_grad()
     def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool) -> Tensor:
