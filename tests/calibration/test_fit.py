@@ -12,6 +12,7 @@ from helpers import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import Strategy
 
 from aq_lightning.calibration import BlockCalibration, Cause
 from aq_lightning.calibration.watch import Quantity, Watch
@@ -32,20 +33,23 @@ def test_an_undisturbed_window_is_trained_once() -> None:
     assert set(result.losses) == {"trained", "first epoch", "start", "nearest"}
 
 
-class Left(Callback):
-    """What the optimizer holds when training ends, and when Lightning comes to move things to the host."""
+class Held(Callback):
+    """What the optimizer holds when training ends."""
 
     def on_train_end(self, trainer: Trainer, module: BlockCalibration) -> None:
-        self.trained = [len(optimizer.state) for optimizer in trainer.optimizers]
-
-    def teardown(self, trainer: Trainer, module: BlockCalibration, stage: str) -> None:
-        self.left = [len(optimizer.state) for optimizer in trainer.optimizers]
+        self.states = [len(optimizer.state) for optimizer in trainer.optimizers]
 
 
-def test_nothing_moves_to_the_host_behind_a_fit() -> None:
-    watching = Left()
+def test_nothing_moves_to_the_host_behind_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    teardown, watching, left = Strategy.teardown, Held(), []
+
+    def watched(strategy: Strategy) -> None:
+        left.extend(len(optimizer.state) for optimizer in strategy.optimizers)
+        teardown(strategy)
+
+    monkeypatch.setattr(Strategy, "teardown", watched)  # which moves them
     module = fitted([watching], epochs=1).module
-    assert min(watching.trained) > 0 and watching.left == [0] * len(watching.trained)
+    assert min(watching.states) > 0 and left == [0] * len(watching.states)
     assert module.to("meta").cpu() is module and {each.device.type for each in module.parameters()} == {"meta"}
 
 
