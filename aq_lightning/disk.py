@@ -64,7 +64,9 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
                      for tensor in part.state_dict().values())  # fmt: skip
     outside = sum(parameter.numel() for parameter in model.parameters()) - blocks * block
     vectors = sum(parameter.numel() for parameter in attached.block.parameters() if parameter.ndim == 1)
-    tuned = blocks * (groups + vectors) * (storage + 2 * 12)  # two checkpoints: parameters and moments, float32
+    moving = recipe.tuning is not None and recipe.tuning.codes > 0
+    tuned = blocks * (packed if moving else storage * (groups + vectors))
+    tuned += blocks * (groups + vectors + codes * moving) * 2 * 12  # two checkpoints: parameters and moments, float32
     pair = 2 * stream * recipe.streams.torch_dtype.itemsize
     return DiskUse(
         result=blocks * packed + storage * max(outside, 0),

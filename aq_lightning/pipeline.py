@@ -103,6 +103,10 @@ class Job:
         windows = self.recipe.plan.windows(len(self.pretrained.blocks))
         return [indices.start for indices in windows] + [WHOLE] * (self.recipe.tuning is not None)
 
+    def unpacked(self, stored: Mapping[str, Tensor]) -> Mapping[str, QTensor | Tensor]:
+        """Weights from what the journal keeps of them."""
+        return compressed_tensors.unpack(stored, self.recipe.scheme.weight, self.recipe.layout)
+
 
 def quantize(job: Job, windows: Tensor) -> None:
     """AffineQuant, or whichever relative the recipe describes, on every block in turn; of several processes each passes
@@ -226,7 +230,7 @@ def calibrate(
 
 
 def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Arguments], samples: int) -> None:
-    """Trains the scales, norms and biases of all blocks together, and commits what changed to the journal.
+    """Trains all blocks together, and commits what changed to the journal.
 
     Args:
         job: the work; every window is finished.
@@ -258,7 +262,7 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
-    job.journal.commit(WHOLE, result.tensors, metrics)
+    job.journal.commit(WHOLE, compressed_tensors.pack(result.tensors, recipe.layout), metrics)
     job.tell(whole.position, metrics)
 
 
@@ -289,9 +293,11 @@ def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
     changed = job.journal.weights(WHOLE) if job.recipe.tuning is not None else {}
     yield job.pretrained.outside()
     for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
-        yield retuned(_window(job, indices.start), changed)
+        prefixes = tuple(f"{job.pretrained.architecture.blocks}.{index}." for index in indices)
+        mine = {name: tensor for name, tensor in changed.items() if name.startswith(prefixes)}
+        yield retuned(_window(job, indices.start), job.unpacked(mine))
 
 
 def _window(job: Job, start: int, device: str = "cpu") -> Mapping[str, QTensor | Tensor]:
     """Weights of the finished window that starts at a block, unpacked on a device."""
-    return compressed_tensors.unpack(job.journal.weights(start, device), job.recipe.scheme.weight, job.recipe.layout)
+    return job.unpacked(job.journal.weights(start, device))

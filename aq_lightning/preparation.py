@@ -70,7 +70,8 @@ class Prepared:
         grid = self.recipe.scheme.weight
         groups = sum(weight.numel() // (grid.group_size or weight.shape[-1]) for weight in weights(block).values())
         outside = sum(p.numel() for p in self.model.parameters()) - self.blocks * (numbers + vectors)
-        kept = self.blocks * (numbers + 3 * groups + 16 * (groups + vectors)) + 4 * max(outside, 0)
+        learnt = groups + vectors + (numbers if self.recipe.tuning.codes else 0)
+        kept = self.blocks * (numbers + 3 * groups + 16 * learnt) + 4 * max(outside, 0)
         seen = 4 * windows * length * text.hidden_size * (self.blocks + 40)  # what enters blocks, and inside of one
         return kept + 20 * numbers + seen + 32 * length * text.vocab_size
 

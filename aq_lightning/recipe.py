@@ -74,6 +74,9 @@ class ScaleTuning:
     third of it is what the scale itself changes by, with 4 a fifteenth."""
     norms: float
     """The same of norms and biases, relative to the root of their mean square."""
+    codes: float = 0.0
+    """The same of codes: which share of those with a reason may move in a step; 0: they stay. Training keeps four
+    numbers of 32 bits beside each."""
     batch_size: int = 4
     """Windows of text per step."""
 
@@ -84,7 +87,7 @@ class ScaleTuning:
                     f"Tuning takes at least {least}, got tuning.{name} {getattr(self, name)}: raise it, or leave "
                     "model.tuning out."
                 )
-        for name in ("scales", "norms"):
+        for name in ("scales", "norms", "codes"):
             if not 0 <= getattr(self, name) <= _GREATEST_RATE:
                 raise RequestError(
                     f"A step size lies in [0, {_GREATEST_RATE:g}], got tuning.{name} {getattr(self, name)}: try 1e-2."

@@ -76,6 +76,15 @@ def test_the_checkpoint_is_nearer_to_the_model(run: Path, plain: Path, model_dir
     assert off[0] < off[1]
 
 
+def test_codes_move_where_they_are_asked_to(plain: Path, fit: Fit, tmp_path: Path) -> None:
+    moving = fit("w2a16g32", tmp_path / "run", "--model.tuning.codes=2e-2", config=METHOD)
+    assert metrics(moving)["outcome"] == "trained"
+    tuned, before = (read(each / "checkpoint")[1] for each in (moving, plain))
+    coded = [name for name in before if isinstance(before[name], QTensor)]
+    assert not any(torch.equal(tuned[name].codes, before[name].codes) for name in coded)
+    assert all(torch.equal(tuned[name].zero, before[name].zero) for name in coded)
+
+
 def test_a_damaged_tuning_is_made_again(run: Path, fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     again = tmp_path / "run"
     shutil.copytree(run, again)

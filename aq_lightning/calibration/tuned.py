@@ -1,4 +1,4 @@
-"""A block whose codes stay, and whose scales, norms and biases are trained."""
+"""A quantized block whose scales, norms and biases are trained, and its codes if asked for."""
 
 from __future__ import annotations
 
@@ -9,45 +9,58 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from aq_lightning.qtensor import QTensor, decode
+from aq_lightning.qtensor import QTensor, decode, round_through
 from aq_lightning.transforms.online import carrier
 
 
 class _Decode(torch.autograd.Function):
-    """``(u − z) s``; keeps nothing but the codes and zero points for the backward pass."""
+    """``(u − z) s``; keeps nothing but these three for the backward pass, the codes in the dtype given."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, zero)
+        ctx.save_for_backward(codes, zero, scale)
         groups = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)  # (out, groups, size)
         return decode(groups, scale[..., None], zero.to(scale.dtype)[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
-        codes, zero = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
+        codes, zero, scale = ctx.saved_tensors
         parts = gradient.unflatten(1, (zero.shape[1], -1))  # (out, groups, size), like the steps
         steps = codes.unflatten(1, (zero.shape[1], -1)).to(gradient.dtype) - zero.to(gradient.dtype)[..., None]
-        return None, None, (parts * steps).sum(-1)
+        moved = (parts * scale[..., None]).flatten(1) if ctx.needs_input_grad[0] else None
+        return moved, None, (parts * steps).sum(-1)
 
 
-class TunedScales(nn.Module):
-    """A quantized weight with fixed codes and scales ``s = s₀ exp(r)``, of which r is trained.
+class TunedWeight(nn.Module):
+    """A quantized weight with scales ``s = s₀ exp(r)``, of which r is trained, and codes ``u = clamp(round(u₀ + o))``,
+    of which o is, through the rounding.
+
+    Offsets o begin anywhere between two ties, so that codes which all have reason to move do so one after the other,
+    and each sees what those before it have changed.
 
     Args:
-        tensor: the weight; its scales are s₀.
+        tensor: the weight; its scales are s₀ and its codes u₀.
+        codes: whether codes are trained, or stay.
     """
 
-    def __init__(self, tensor: QTensor) -> None:
+    def __init__(self, tensor: QTensor, codes: bool = False) -> None:
         super().__init__()
         self.grid = tensor.grid
         for name in ("codes", "zero", "scale"):
             self.register_buffer(name, getattr(tensor, name), persistent=False)
         self.ratio = nn.Parameter(torch.zeros(tensor.scale.shape))  # r, float32 (out, groups)
+        self.offset = nn.Parameter(_offsets(tensor.codes.shape)) if codes else None  # o, float32 (out, in)
 
     def forward(self) -> Tensor:
         """The weight that the checkpoint will stand for, float32 (out, in)."""
         scale = self.scale.float() * self.ratio.exp()
-        return _Decode.apply(self.codes, self.zero, _through(scale, self.stored().float()))
+        return _Decode.apply(self.moved(), self.zero, _through(scale, self.stored().float()))
+
+    def moved(self) -> Tensor:
+        """The codes, (out, in): as they were, or float32 with the gradient of what was added to them."""
+        if self.offset is None:
+            return self.codes
+        return round_through(self.codes + self.offset).clamp(0, self.grid.levels - 1)
 
     @torch.no_grad()
     def stored(self) -> Tensor:
@@ -56,8 +69,8 @@ class TunedScales(nn.Module):
         return (self.scale.float() * self.ratio.exp()).to(kept).clamp(min=torch.finfo(kept).smallest_normal)
 
     def tensor(self) -> QTensor:
-        """The quantized weight with the trained scales."""
-        return QTensor(self.codes, self.stored(), self.zero, self.grid)
+        """The quantized weight with what was trained."""
+        return QTensor(self.moved().detach().to(self.codes.dtype), self.stored(), self.zero, self.grid)
 
 
 class TunedBlock(nn.Module):
@@ -66,9 +79,10 @@ class TunedBlock(nn.Module):
     Args:
         block: an HF block; the memory of its quantized weights is freed.
         tensors: all its tensors by their names in it, as a checkpoint says them.
+        codes: whether codes are trained too.
     """
 
-    def __init__(self, block: nn.Module, tensors: Mapping[str, QTensor | Tensor]) -> None:
+    def __init__(self, block: nn.Module, tensors: Mapping[str, QTensor | Tensor], codes: bool = False) -> None:
         super().__init__()
         self.block = block.requires_grad_(False)
         coded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
@@ -79,13 +93,13 @@ class TunedBlock(nn.Module):
         for name in coded:
             parameter = block.get_parameter(name)
             parameter.data = parameter.data.new_empty(0)
-        self.scales = nn.ModuleDict({_key(name): TunedScales(tensor) for name, tensor in coded.items()})
+        self.weights = nn.ModuleDict({_key(name): TunedWeight(tensor, codes) for name, tensor in coded.items()})
         self.vectors = nn.ParameterDict({_key(name): nn.Parameter(tensor.float()) for name, tensor in vectors.items()})
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor | tuple:
         """The block's answer, (batch, length, hidden) → the same, or what the block makes of it."""
         with torch.autocast(hidden.device.type, enabled=False):
-            tensors = {name: self.scales[_key(name)]().view(shape) for name, shape in self.shapes.items()}
+            tensors = {name: self.weights[_key(name)]().view(shape) for name, shape in self.shapes.items()}
             for name, dtype in self.kept.items():
                 vector = self.vectors[_key(name)]
                 tensors[name] = _through(vector, vector.to(dtype).float())
@@ -93,8 +107,13 @@ class TunedBlock(nn.Module):
 
     def tensors(self) -> dict[str, QTensor | Tensor]:
         """What was trained, by its names in the block, as a checkpoint says it."""
-        scales = {name: self.scales[_key(name)].tensor() for name in self.shapes}
-        return scales | {name: self.vectors[_key(name)].detach().to(kept) for name, kept in self.kept.items()}
+        coded = {name: self.weights[_key(name)].tensor() for name in self.shapes}
+        return coded | {name: self.vectors[_key(name)].detach().to(kept) for name, kept in self.kept.items()}
+
+
+def _offsets(shape: torch.Size) -> Tensor:
+    """Uniform within ±½, the ties themselves left out: far enough not to be reached by adding codes in float32."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5) * (1 - 1e-3)
 
 
 def _through(value: Tensor, rounded: Tensor) -> Tensor:

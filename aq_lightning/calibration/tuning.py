@@ -1,8 +1,8 @@
-r"""Scales and norms of all blocks trained together, on what the full-precision model says; codes stay.
+r"""Scales and norms of all blocks trained together, on what the full-precision model says; codes too if asked for.
 
-The whole model at once sees what blocks one by one cannot: errors of one that another can undo. With codes :math:`u`
-and zero points :math:`z` fixed, only the scales :math:`s` of :math:`\hat w = (u - z)\, s` and the norms and biases of
-the blocks move, by the divergence
+The whole model at once sees what blocks one by one cannot: errors of one that another can undo. With zero points
+:math:`z` fixed, and codes :math:`u` unless they are to move, the scales :math:`s` of :math:`\hat w = (u - z)\, s` and
+the norms and biases of the blocks are trained by the divergence
 
 .. math:: \mathrm{KL}(p \,\|\, \hat p) = \sum_t p_t \log (p_t / \hat p_t)
 
@@ -14,7 +14,7 @@ full-precision stream. Training step sizes alone once all codes are fixed is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,8 +108,10 @@ class WholeModel(MicroBatched):
 
     def configure_optimizers(self) -> object:
         steps = self.recipe.scheme.weight.levels - 1  # of the grid, from end to end
-        scales = [parameter for block in self.blocks for parameter in block.scales.parameters()]
-        groups = [{"params": scales, "lr": self.tuning.scales / steps}]
+        weights = [weight for block in self.blocks for weight in block.weights.values()]
+        groups = [{"params": [weight.ratio for weight in weights], "lr": self.tuning.scales / steps}]
+        if self.tuning.codes:
+            groups.append({"params": [weight.offset for weight in weights], "lr": self.tuning.codes})
         for vector in (vector for block in self.blocks for vector in block.vectors.values()):
             size = max(float(vector.detach().square().mean().sqrt()), _SMALLEST)
             groups.append({"params": [vector], "lr": self.tuning.norms / steps * size})
@@ -136,14 +138,18 @@ class WholeModel(MicroBatched):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.micro_batch = checkpoint["micro_batch"]
 
-    def trained(self, model: Pretrained) -> dict[str, Tensor]:
-        """Scales of quantized weights under the weights' names, and norms and biases, as checkpoints name them."""
-        found: dict[str, Tensor] = {}
+    def trained(self, model: Pretrained) -> dict[str, QTensor | Tensor]:
+        """Quantized weights, or their scales alone if codes stay, under the weights' names, and norms and biases, as
+        checkpoints name them."""
+        found: dict[str, QTensor | Tensor] = {}
         for index, block in enumerate(self.blocks):
             named = to_checkpoint(block.tensors(), model.architecture, model.blocks[index])
             for name, tensor in named.items():
                 full = f"{model.architecture.blocks}.{index}.{name}"
-                found[full] = (tensor.scale if isinstance(tensor, QTensor) else tensor).cpu().clone()
+                if isinstance(tensor, QTensor) and self.tuning.codes:
+                    found[full] = tensor
+                else:
+                    found[full] = (tensor.scale if isinstance(tensor, QTensor) else tensor).cpu().clone()
         return found
 
 
@@ -172,7 +178,8 @@ def assemble(
         stored = weights(start)
         mine = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
         live.install(stored)
-        blocks.append(TunedBlock(live.blocks[0], from_checkpoint(mine, architecture)).to(device))
+        tensors = from_checkpoint(mine, architecture)
+        blocks.append(TunedBlock(live.blocks[0], tensors, recipe.tuning.codes > 0).to(device))
     tail = model.shell().float().to(device)
     position = Position(count, len(windows), len(windows))
     return WholeModel(blocks, to_device(list(arguments), device), tail, recipe, position).to(device)
@@ -182,7 +189,7 @@ def assemble(
 class Tuned:
     """What became of a model's scales."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, QTensor | Tensor]
     """As :meth:`WholeModel.trained` gives them; none where training did not help."""
     before: float
     """Mean divergence over all windows."""
@@ -212,7 +219,7 @@ def tune(
     return Tuned(whole.trained(model) if after < before else {}, before, after)
 
 
-def retuned(weights: Weights, tensors: Mapping[str, Tensor]) -> dict[str, QTensor | Tensor]:
+def retuned(weights: Weights, tensors: Weights) -> dict[str, QTensor | Tensor]:
     """A window's weights with what :func:`tune` trained in the place of their own.
 
     Args:
@@ -221,6 +228,7 @@ def retuned(weights: Weights, tensors: Mapping[str, Tensor]) -> dict[str, QTenso
     """
     result = dict(weights)
     for name in weights.keys() & tensors.keys():
-        own = weights[name]
-        result[name] = replace(own, scale=tensors[name]) if isinstance(own, QTensor) else tensors[name]
+        own, new = weights[name], tensors[name]
+        scale = isinstance(own, QTensor) and not isinstance(new, QTensor)
+        result[name] = replace(own, scale=new) if scale else new
     return result
