@@ -102,7 +102,7 @@ class _Fitting:
         if plain.trainable():
             if plain.matrices() and self.live.recipe.diagonal_guard:
                 diagonal, _ = self.train(opening=0.0)
-            trained, causes = self.train(opening=1.0)
+            trained, causes = self.train(opening=1.0, attached=plain.blocks)
             attempts = min(len(causes) + 1, len(_CAUTION))
         rounded = self.module(self.live.attach_nearest(self.data[0]))
         nearest = self.candidate("nearest", rounded, rounded.state())
@@ -114,12 +114,15 @@ class _Fitting:
         losses = {each.outcome: each.loss for each in sorted(candidates, key=lambda each: -each.loss)}
         return Fit(best.module, best.outcome, attempts, losses, tuple(causes), self.seconds)
 
-    def train(self, opening: float) -> tuple[list[_Candidate], list[Cause]]:
-        """Attempts until one is not stopped: what they leave, and why those before it were stopped."""
+    def train(
+        self, opening: float, attached: Sequence[AttachedBlock] | None = None
+    ) -> tuple[list[_Candidate], list[Cause]]:
+        """Attempts until one is not stopped: what they leave, and why those before it were stopped. The first may use
+        blocks ``attached`` before, as they were then."""
         candidates, causes = [], []
         for caution in _CAUTION:
-            attached = self.live.attach(self.activations, self.data[0])
-            module = self.module(attached, caution, opening * caution, _EXPLODED * self.start.loss)
+            blocks, attached = attached or self.live.attach(self.activations, self.data[0]), None
+            module = self.module(blocks, caution, opening * caution, _EXPLODED * self.start.loss)
             began, batches = time.monotonic(), self.loader()
             self.trainer().fit(module, batches)  # waits for its last epoch's loss
             batches.let_go()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from aq_lightning.calibration import BlockCalibration, Cause
+from aq_lightning.calibration import BlockCalibration, Cause, LiveWindow
+from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.watch import Quantity, Watch
 from aq_lightning.errors import RequestError
 from aq_lightning.optimizers import SignSGD
@@ -72,6 +73,22 @@ def test_a_window_that_always_diverges_falls_back() -> None:
     result = fitted([Sabotage("log_scale", math.nan, epoch=0, attempts=9)])
     assert result.attempts == len(result.causes) == 3 and result.outcome in ("start", "nearest")
     assert set(result.losses) == {"start", "nearest"}
+    assert all(bool(tensor.isfinite().all()) for tensor in result.module.own().values())
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+def test_blocks_are_attached_anew_only_behind_what_was_stopped(stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ranges are searched that takes as long as training does."""
+    attach, starts = LiveWindow.attach, []
+
+    def counted(self: LiveWindow, *given: object) -> list[AttachedBlock]:
+        starts.append(attach(self, *given))
+        return starts[-1]
+
+    monkeypatch.setattr(LiveWindow, "attach", counted)
+    result = fitted([Sabotage("log_scale", math.nan, epoch=0, attempts=stopped)])
+    assert len(starts) == 1 + stopped and result.attempts == 1 + stopped
+    assert result.losses["start"] == fitted(epochs=1).losses["start"]
 
 
 def test_an_exploding_loss_is_divergence() -> None:
