@@ -41,10 +41,11 @@ def candidates(product: Product) -> list[Config]:
         for splits in (1, 2, 3, 4, 6, 8)
         if _sensible(product, rows, tokens, unroll, splits, warps)
     ]
-    found += _divided(product)
-    found = [config for config in found if shared(config, product) <= _SHARED]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
-        return list(dict.fromkeys(replace(config, scaled=False) for config in found))
+        found = [*dict.fromkeys(replace(config, scaled=False) for config in found), *_divided(product)]
+    found = [config for config in found if shared(config, product) <= _SHARED]
+    if product.activation_bits < 16:
+        return found
     return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
 
 

@@ -1,5 +1,9 @@
-"""The product for few tokens: warps of a block share its rows and divide the columns, as in
-:mod:`aq_lightning.kernels.int4_matmul.divided`."""
+"""The product for few tokens: warps of a block share its rows and divide the columns.
+
+A product of one token reads each weight once and computes next to nothing, so all that counts is how much is under way
+at once. Every warp reads columns of its own into sums of its own, which meet in the block's memory at the end. Blocks
+that divide columns leave their sums in the GPU's memory instead, and the last of them waits to read them again.
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class Config:
     joined: bool = False
     """Whether chunks that share a scale are one product, so that tensor cores are waited for once, not for each."""
     divided: bool = False
-    """Whether warps share rows and tokens and divide the columns; neither ``unroll``, ``splits``, ``scaled`` nor
-    ``joined`` matters then."""
+    """Whether warps share rows and tokens and divide the columns, with rounded activations alone; neither ``unroll``,
+    ``splits`` nor ``joined`` matters then."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 

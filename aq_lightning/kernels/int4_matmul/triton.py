@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from aq_lightning.kernels.dispatch import Compute, Launch
-from aq_lightning.kernels.int4_matmul import divided
 from aq_lightning.kernels.int4_matmul.config import Config
 from aq_lightning.kernels.int4_matmul.overlap import start_early
 from aq_lightning.kernels.int4_matmul.tiles import grid_of_rows, store, weight_of, weights_of
@@ -158,8 +157,6 @@ def plan(x: Tensor, weight: Operands, bias: Tensor | None, config: Config) -> Co
             return torch.nn.functional.linear(x, dense, bias if bias is None else bias.to(x))
 
         return dequantized
-    if config.divided:
-        return divided.plan(x, weight, bias, config, constants)
     step = config.unroll * weight.span
     steps = triton.cdiv(triton.cdiv(columns, step), config.splits)
     grid = triton.cdiv(tokens, config.tokens), triton.cdiv(rows, config.rows), config.splits
