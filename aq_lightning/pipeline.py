@@ -30,6 +30,7 @@ from aq_lightning.calibration import (
     Share,
     Stopping,
     Streams,
+    Weights,
     activation_reach,
     assemble,
     capture,
@@ -52,7 +53,6 @@ from aq_lightning.export.base import Subject
 from aq_lightning.export.directory import gathered, verified
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained, save_companions
-from aq_lightning.qtensor import QTensor
 from aq_lightning.quantizers import quantized
 from aq_lightning.recipe import Recipe
 
@@ -103,7 +103,11 @@ class Job:
         windows = self.recipe.plan.windows(len(self.pretrained.blocks))
         return [indices.start for indices in windows] + [WHOLE] * (self.recipe.tuning is not None)
 
-    def unpacked(self, stored: Mapping[str, Tensor]) -> Mapping[str, QTensor | Tensor]:
+    def window(self, start: int) -> Weights:
+        """Weights of the finished window that starts at a block, on the device."""
+        return self.unpacked(self.journal.weights(start, str(self.device)))
+
+    def unpacked(self, stored: Mapping[str, Tensor]) -> Weights:
         """Weights from what the journal keeps of them."""
         return compressed_tensors.unpack(stored, self.recipe.scheme.weight, self.recipe.layout)
 
@@ -148,7 +152,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                     calibrate(job, live, position, activations, streams, target, share)
                 del target  # two streams stay between windows
             with quantized(live.blocks, recipe.scheme):
-                live.install(_window(job, indices.start, str(job.device)))
+                live.install(job.window(indices.start))
                 streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
             live.release()
             if job.guards.keep_streams and indices.start in following:
@@ -238,11 +242,10 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
         arguments: other arguments of every block.
         samples: of all processes.
     """
-    began, recipe = time.monotonic(), job.recipe
+    began, recipe, scratch = time.monotonic(), job.recipe, job.journal.scratch(WHOLE)
     reset_peak_memory(job.device)
-    scratch = job.journal.scratch(WHOLE)
     options = {"max_epochs": recipe.tuning.epochs, "max_steps": -1, "callbacks": []}
-    whole = assemble(job.pretrained, recipe, arguments, lambda start: _window(job, start, str(job.device)), job.device)
+    whole = assemble(job.pretrained, recipe, arguments, job.window, job.device)
     share = Share(samples, recipe.tuning.batch_size, distributed.rank(), distributed.ranks())
     inside = Inside(job.journal.inside, job.guards.save_every, job.guards.stopping, job.journal.at_work)
     with quantized([block.block for block in whole.blocks], recipe.scheme):
@@ -275,8 +278,7 @@ def export(job: Job) -> None:
     recipe, model = job.recipe, job.pretrained
     if job.journal.exported():
         return
-    gained = switches(model.blocks[0], model.architecture, model.heads, recipe)
-    config = {**model.config(), **dict.fromkeys(gained, True)}
+    config = model.config() | dict.fromkeys(switches(model.blocks[0], model.architecture, model.heads, recipe), True)
     limit = 4 * sum(each.numel() for each in model.blocks[0].parameters())  # bytes: what calibration took at least
     form = formats.named("compressed-tensors", recipe.layout)
     with TemporaryDirectory() as companions, verified(job.journal.checkpoint) as unverified:
@@ -288,16 +290,11 @@ def export(job: Job) -> None:
     job.journal.seal_checkpoint()
 
 
-def _tensors(job: Job) -> Iterator[Mapping[str, QTensor | Tensor]]:
+def _tensors(job: Job) -> Iterator[Weights]:
     """What lies outside the blocks, then each window's weights."""
     changed = job.journal.weights(WHOLE) if job.recipe.tuning is not None else {}
     yield job.pretrained.outside()
     for indices in job.recipe.plan.windows(len(job.pretrained.blocks)):
         prefixes = tuple(f"{job.pretrained.architecture.blocks}.{index}." for index in indices)
         mine = {name: tensor for name, tensor in changed.items() if name.startswith(prefixes)}
-        yield retuned(_window(job, indices.start), job.unpacked(mine))
-
-
-def _window(job: Job, start: int, device: str = "cpu") -> Mapping[str, QTensor | Tensor]:
-    """Weights of the finished window that starts at a block, unpacked on a device."""
-    return job.unpacked(job.journal.weights(start, device))
+        yield retuned(job.unpacked(job.journal.weights(indices.start)), job.unpacked(mine))

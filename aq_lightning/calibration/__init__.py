@@ -36,4 +36,5 @@ from aq_lightning.calibration.tuning import retuned as retuned
 from aq_lightning.calibration.tuning import tune as tune
 from aq_lightning.calibration.watch import Cause as Cause
 from aq_lightning.calibration.window import LiveWindow as LiveWindow
+from aq_lightning.calibration.window import Weights as Weights
 from aq_lightning.calibration.window import switches as switches
