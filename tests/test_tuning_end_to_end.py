@@ -14,6 +14,7 @@ from helpers import CONFIGS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from aq_lightning.calibration.attach import linears
 from aq_lightning.cli import main
 from aq_lightning.conversion import convert
 from aq_lightning.errors import RequestError
@@ -137,6 +138,18 @@ def test_a_model_too_large_for_the_gpu_is_refused(model_directory: Path, monkeyp
                 check_tuning(prepared, 32, device)
     check_tuning(prepared, 32, torch.device("cpu"))
     check_tuning(prepare(QuantizedLanguageModel(str(model_directory), "w3a16g32")), 32, device)
+
+
+def test_moving_codes_cost_four_numbers_each(model_directory: Path) -> None:
+    """In memory; on disk packed weights in the place of scales, and three numbers each in two checkpoints."""
+    staying, moving = (
+        prepare(QuantizedLanguageModel(str(model_directory), "w3a16g32", tuning=ScaleTuning(2, 1e-2, 1e-2, codes)))
+        for codes in (0.0, 1e-3)
+    )
+    codes = 2 * sum(each.weight.numel() for each in linears(moving.attached.block).values())
+    assert moving.tuning_memory(32) - staying.tuning_memory(32) == 16 * codes
+    more = moving.disk(256).tuning - staying.disk(256).tuning
+    assert 24 * codes < more <= 25 * codes and moving.disk(256).result == staying.disk(256).result
 
 
 def test_a_plan_says_what_it_costs(model_directory: Path, capsys: pytest.CaptureFixture) -> None:
