@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aq_lightning.calibration import AttachedBlock
-from aq_lightning.calibration.attach import linears
+from aq_lightning.calibration.attach import weights
 from aq_lightning.errors import RequestError
 from aq_lightning.recipe import Recipe
 
@@ -28,7 +28,8 @@ class DiskUse:
     inside: int
     """Checkpoints inside the block at work: one of each attempt at it, and the one being written."""
     tuning: int
-    """Scales, norms and biases of all blocks that were tuned, and the checkpoints meanwhile; 0 if none are."""
+    """What was tuned of all blocks, scales or packed weights, norms and biases, and the checkpoints meanwhile; 0 if
+    nothing is."""
     streams: int
     """Activations entering the block at work, those being written and those before them; 0 if they are not kept."""
 
@@ -53,8 +54,9 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
         stream: elements of one stream, samples · length · hidden.
     """
     grid = recipe.scheme.weight
-    codes = sum(each.weight.numel() for each in linears(attached.block).values())
-    groups = sum(len(each.weight) * grid.groups(each.weight.shape[1]) for each in linears(attached.block).values())
+    shapes = [each.shape for each in weights(attached.block).values()]
+    codes = sum(shape.numel() for shape in shapes)
+    groups = sum(shape[:-1].numel() * grid.groups(shape[-1]) for shape in shapes)
     block = sum(parameter.numel() for parameter in attached.block.parameters())
     storage = torch.finfo(getattr(model.config, "dtype", None) or torch.float32).bits // 8  # bytes
     packed = (

@@ -154,7 +154,8 @@ def check_tuning(prepared: Prepared, length: int, device: torch.device) -> None:
     if needed > there:
         raise RequestError(
             f"The scales of all blocks are tuned in the memory of one GPU, got {there / 1e9:.1f} GB where "
-            f"{needed / 1e9:.1f} GB are needed: add --model.tuning null, or lower data.length."
+            f"{needed / 1e9:.1f} GB are needed: add --model.tuning null, or lower data.length"
+            f"{', or set --model.tuning.codes 0' if prepared.recipe.tuning.codes else ''}."
         )
 
 

@@ -64,8 +64,9 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class ScaleTuning:
-    """What follows once every block is rounded: scales, norms and biases of all blocks trained together on what the
-    full-precision model says (:mod:`aq_lightning.calibration.tuning`), with the recipe's optimizer."""
+    """What follows once every block is rounded: scales, norms and biases of all blocks, and codes if asked for, trained
+    together on what the full-precision model says (:mod:`aq_lightning.calibration.tuning`), with the recipe's
+    optimizer."""
 
     epochs: int
     """Passes over the calibration windows."""

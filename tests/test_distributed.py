@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, relative_error
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from safetensors.torch import load_file
 
-from aq_lightning import distributed, strategy
+from aq_lightning import distributed, strategy, vigil
 from aq_lightning.cli import main
 from benchmarks.kill import digests, tiny_fit, tiny_model
 
 TWO = ("--trainer.devices", "2")
-TUNING = ("--model.tuning", '{"epochs": 2, "scales": 0.01, "norms": 0.01}')
+TUNING = ("--model.tuning", '{"epochs": 2, "scales": 0.01, "norms": 0.01, "codes": 0.01}')
 SIZES = (
     *TUNING,
     "--data.samples",
@@ -129,6 +130,19 @@ def test_a_killed_process_ends_the_others_and_a_run_goes_on(command, runs: tuple
     assert said.startswith("stopped by SIGTERM") and len(said.splitlines()) == 1
     finish(start(arguments))
     assert digests(tmp_path / "run") == digests(runs[1])
+
+
+def test_the_launcher_no_longer_kills_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it does as soon as it finds another gone, so that nobody hears what the vigil says of it."""
+    killed: list[tuple[int, int]] = []
+    gone = subprocess.Popen(["false"])
+    gone.wait()
+    observer = _ChildProcessObserver(os.getpid(), [gone], sleep_period=1)
+    monkeypatch.setattr(os, "kill", lambda *given: killed.append(given))
+    observer.start()
+    vigil._relieve()
+    observer.join(timeout=10)
+    assert not observer.is_alive() and killed == []
 
 
 def test_another_number_of_processes_is_refused(

@@ -91,7 +91,12 @@ def test_killed_late_in_a_block(nursery: Nursery, directory: Path, fit, tmp_path
 @pytest.mark.parametrize("streams", ["true", "false"], ids=["kept", "recomputed"])
 def test_killed_while_scales_are_tuned(nursery: Nursery, directory: Path, tmp_path: Path, streams: str) -> None:
     """Thrice, counted from the end of an undisturbed run: before, in and behind the checkpoints of the tuning."""
-    options = ("--model.tuning", json.dumps({"epochs": 3, "scales": 0.01, "norms": 0.01}), "--keep_streams", streams)
+    options = (
+        "--model.tuning",
+        json.dumps({"epochs": 3, "scales": 0.01, "norms": 0.01, "codes": 0.01}),
+        "--keep_streams",
+        streams,
+    )
     command = tiny_fit(directory, *options)
     reference = nursery.run(command(tmp_path / "reference"))
     expected, seen = digests(tmp_path / "reference"), []

@@ -12,6 +12,8 @@ from torch.func import functional_call
 from aq_lightning.qtensor import QTensor, decode, round_through
 from aq_lightning.transforms.online import carrier
 
+_REACH = 0.4995  # of an offset that moves no code: below a tie, also once codes are added in float32
+
 
 class _Decode(torch.autograd.Function):
     """``(u − z) s``; keeps nothing but these three for the backward pass, the codes in the dtype given."""
@@ -32,24 +34,25 @@ class _Decode(torch.autograd.Function):
 
 
 class TunedWeight(nn.Module):
-    """A quantized weight with scales ``s = s₀ exp(r)``, of which r is trained, and codes ``u = clamp(round(u₀ + o))``,
-    of which o is, through the rounding.
+    """A quantized weight with scales ``s = s₀ exp(r)``, of which r is trained, and codes ``u = round(u₀ + o)``, of
+    which o is, through the rounding.
 
     Offsets o begin anywhere between two ties, so that codes which all have reason to move do so one after the other,
     and each sees what those before it have changed.
 
     Args:
         tensor: the weight; its scales are s₀ and its codes u₀.
-        codes: whether codes are trained, or stay.
+        drawn: where the first offsets come from; None: codes stay.
     """
 
-    def __init__(self, tensor: QTensor, codes: bool = False) -> None:
+    def __init__(self, tensor: QTensor, drawn: torch.Generator | None = None) -> None:
         super().__init__()
         self.grid = tensor.grid
         for name in ("codes", "zero", "scale"):
             self.register_buffer(name, getattr(tensor, name), persistent=False)
         self.ratio = nn.Parameter(torch.zeros(tensor.scale.shape))  # r, float32 (out, groups)
-        self.offset = nn.Parameter(_offsets(tensor.codes.shape)) if codes else None  # o, float32 (out, in)
+        first = None if drawn is None else _REACH * (2 * torch.rand(tensor.codes.shape, generator=drawn) - 1)
+        self.offset = None if first is None else nn.Parameter(first)  # o, float32 (out, in)
 
     def forward(self) -> Tensor:
         """The weight that the checkpoint will stand for, float32 (out, in)."""
@@ -60,7 +63,14 @@ class TunedWeight(nn.Module):
         """The codes, (out, in): as they were, or float32 with the gradient of what was added to them."""
         if self.offset is None:
             return self.codes
-        return round_through(self.codes + self.offset).clamp(0, self.grid.levels - 1)
+        return round_through(self.codes + self.offset)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Brings offsets that would leave the grid back to its ends, from where they may return."""
+        if self.offset is not None:
+            first = self.codes.float()  # u₀
+            self.offset.clamp_(-_REACH - first, self.grid.levels - 1 + _REACH - first)
 
     @torch.no_grad()
     def stored(self) -> Tensor:
@@ -79,10 +89,12 @@ class TunedBlock(nn.Module):
     Args:
         block: an HF block; the memory of its quantized weights is freed.
         tensors: all its tensors by their names in it, as a checkpoint says them.
-        codes: whether codes are trained too.
+        drawn: where the first offsets of codes come from; None: codes stay.
     """
 
-    def __init__(self, block: nn.Module, tensors: Mapping[str, QTensor | Tensor], codes: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, tensors: Mapping[str, QTensor | Tensor], drawn: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.block = block.requires_grad_(False)
         coded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
@@ -93,7 +105,7 @@ class TunedBlock(nn.Module):
         for name in coded:
             parameter = block.get_parameter(name)
             parameter.data = parameter.data.new_empty(0)
-        self.weights = nn.ModuleDict({_key(name): TunedWeight(tensor, codes) for name, tensor in coded.items()})
+        self.weights = nn.ModuleDict({_key(name): TunedWeight(tensor, drawn) for name, tensor in coded.items()})
         self.vectors = nn.ParameterDict({_key(name): nn.Parameter(tensor.float()) for name, tensor in vectors.items()})
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor | tuple:
@@ -109,11 +121,6 @@ class TunedBlock(nn.Module):
         """What was trained, by its names in the block, as a checkpoint says it."""
         coded = {name: self.weights[_key(name)].tensor() for name in self.shapes}
         return coded | {name: self.vectors[_key(name)].detach().to(kept) for name, kept in self.kept.items()}
-
-
-def _offsets(shape: torch.Size) -> Tensor:
-    """Uniform within ±½, the ties themselves left out: far enough not to be reached by adding codes in float32."""
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5) * (1 - 1e-3)
 
 
 def _through(value: Tensor, rounded: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from aq_lightning.calibration.microbatch import MicroBatched
 from aq_lightning.calibration.optimization import scheduled
 from aq_lightning.calibration.products import products
 from aq_lightning.calibration.streams import logits, run, to_device
-from aq_lightning.calibration.tuned import TunedBlock
+from aq_lightning.calibration.tuned import TunedBlock, TunedWeight
 from aq_lightning.calibration.window import LiveWindow, Weights
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
@@ -45,10 +45,10 @@ _SMALLEST = 1e-3  # size of a norm or bias that is all but zero, for its steps
 
 
 class WholeModel(MicroBatched):
-    """All blocks with their scales, norms and biases under training.
+    """All blocks with their scales, norms and biases under training, and their codes if the recipe moves them.
 
-    A block's tensors and intermediate results are computed again in the backward pass: beside codes, memory holds one
-    block and one window's logits at a time.
+    A block's tensors and intermediate results are computed again in the backward pass: beside codes, and what the
+    optimizer keeps of what is trained, memory holds one block and one window's logits at a time.
 
     Args:
         blocks: in order.
@@ -108,20 +108,25 @@ class WholeModel(MicroBatched):
 
     def configure_optimizers(self) -> object:
         steps = self.recipe.scheme.weight.levels - 1  # of the grid, from end to end
-        weights = [weight for block in self.blocks for weight in block.weights.values()]
-        groups = [{"params": [weight.ratio for weight in weights], "lr": self.tuning.scales / steps}]
+        groups = [{"params": [weight.ratio for weight in self.weights()], "lr": self.tuning.scales / steps}]
         if self.tuning.codes:
-            groups.append({"params": [weight.offset for weight in weights], "lr": self.tuning.codes})
+            groups.append({"params": [weight.offset for weight in self.weights()], "lr": self.tuning.codes})
         for vector in (vector for block in self.blocks for vector in block.vectors.values()):
             size = max(float(vector.detach().square().mean().sqrt()), _SMALLEST)
             groups.append({"params": [vector], "lr": self.tuning.norms / steps * size})
         return scheduled(self.recipe.optimizer(groups), "cosine", int(self.trainer.estimated_stepping_batches))
+
+    def weights(self) -> list[TunedWeight]:
+        """Every quantized weight."""
+        return [weight for block in self.blocks for weight in block.weights.values()]
 
     def before_update(self, loss: Tensor) -> None:
         """Nothing: the start and the end are compared when training is over."""
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
+        for weight in self.weights():
+            weight.project()
         if self.after_step is not None:
             self.after_step(self, batch_idx)
 
@@ -179,7 +184,8 @@ def assemble(
         mine = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
         live.install(stored)
         tensors = from_checkpoint(mine, architecture)
-        blocks.append(TunedBlock(live.blocks[0], tensors, recipe.tuning.codes > 0).to(device))
+        drawn = torch.Generator().manual_seed(index) if recipe.tuning.codes else None
+        blocks.append(TunedBlock(live.blocks[0], tensors, drawn).to(device))
     tail = model.shell().float().to(device)
     position = Position(count, len(windows), len(windows))
     return WholeModel(blocks, to_device(list(arguments), device), tail, recipe, position).to(device)
@@ -187,7 +193,7 @@ def assemble(
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of a model's scales."""
+    """What became of a model."""
 
     tensors: dict[str, QTensor | Tensor]
     """As :meth:`WholeModel.trained` gives them; none where training did not help."""
@@ -204,7 +210,7 @@ def tune(
     trainer: Callable[[], Attempt],
     loader: Callable[[], Pairs],
 ) -> Tuned:
-    """Trains a model's scales, norms and biases, and takes them if the divergence over all windows is less than before.
+    """Trains all blocks together, and takes what became of them if the divergence over all windows is less than before.
 
     Args:
         whole: the quantized model.

@@ -43,10 +43,9 @@ def candidates(product: Product) -> list[Config]:
     ]
     if product.activation_bits < 16:  # sums of a group are scaled, whatever the tokens
         found = [*dict.fromkeys(replace(config, scaled=False) for config in found), *_divided(product)]
-    found = [config for config in found if shared(config, product) <= _SHARED]
-    if product.activation_bits < 16:
-        return found
-    return found + ([Config(dequantize=True)] if product.tokens >= 64 else [])
+    elif product.tokens >= 64:
+        found.append(Config(dequantize=True))
+    return [config for config in found if shared(config, product) <= _SHARED]
 
 
 def _kinds(tokens: int) -> Iterator[tuple[int, list[tuple[int, int]], list[tuple[int, int]], list[bool]]]:

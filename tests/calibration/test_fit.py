@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
+from torch import nn
 
 from aq_lightning.calibration import BlockCalibration, Cause, LiveWindow
 from aq_lightning.calibration.attach import AttachedBlock
 from aq_lightning.calibration.watch import Quantity, Watch
 from aq_lightning.errors import RequestError
 from aq_lightning.optimizers import SignSGD
-from aq_lightning.quantizers import LearnedRounding
+from aq_lightning.quantizers import GridSearch, LearnedRounding
 from aq_lightning.recipe import LearningRates
 from aq_lightning.scheme import Scheme
 from aq_lightning.transforms import Affine, Diagonal, RopePair, Shift
@@ -88,7 +89,22 @@ def test_blocks_are_attached_anew_only_behind_what_was_stopped(stopped: int, mon
     monkeypatch.setattr(LiveWindow, "attach", counted)
     result = fitted([Sabotage("log_scale", math.nan, epoch=0, attempts=stopped)])
     assert len(starts) == 1 + stopped and result.attempts == 1 + stopped
-    assert result.losses["start"] == fitted(epochs=1).losses["start"]
+
+
+def test_a_start_is_returned_to_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the first attempt trained the same blocks."""
+    attach, states = LiveWindow.attach, []
+
+    def remembered(self: LiveWindow, *given: object) -> list[AttachedBlock]:
+        attached = attach(self, *given)
+        states.append({name: tensor.clone() for name, tensor in nn.ModuleList(attached).state_dict().items()})
+        return attached
+
+    monkeypatch.setattr(LiveWindow, "attach", remembered)
+    searched = partial(LearnedRounding, search=GridSearch(weighting="diagonal"))
+    result = fitted([Sabotage("log_scale", math.nan, epoch=0, attempts=9)], weight_quantizer=searched)
+    assert result.outcome == "start" and len(states) == 3
+    assert all(torch.equal(tensor, states[0][name]) for name, tensor in result.module.own().items())
 
 
 def test_an_exploding_loss_is_divergence() -> None:

@@ -1,4 +1,4 @@
-"""Tuning of scales and norms: the right gradient, the right divergence in every architecture, codes untouched."""
+"""Tuning of scales and norms: the right gradient, the right divergence in every architecture, no code moved unasked."""
 
 from __future__ import annotations
 
@@ -86,18 +86,21 @@ def test_weights_and_their_gradient_are_those_of_plain_autograd() -> None:
 
 
 def test_codes_go_where_their_offsets_take_them() -> None:
-    """Up to the ends of the grid; the gradient of an offset is that of the weight in steps, and none behind an end."""
+    """Up to the ends of the grid, from where they may return; the gradient of an offset is the weight's in steps."""
     codes = torch.tensor([[0, 3, 5, 7]], dtype=torch.uint8)
     tensor = QTensor(codes, torch.tensor([[0.5]]).half(), torch.tensor([[3]], dtype=torch.uint8), Grid(3, None))
-    module = TunedWeight(tensor, codes=True)
+    module = TunedWeight(tensor, torch.Generator())
+    assert -0.5 < module.offset.min() < module.offset.max() < 0.5
     assert torch.equal(module(), tensor.dequantize(torch.float32)) and torch.equal(module.tensor().codes, codes)
     with torch.no_grad():
         module.offset.copy_(torch.tensor([[-0.7, 0.4, 1.6, 1.1]]))
+    module.project()
+    assert module.offset.tolist() == [pytest.approx([-0.4995, 0.4, 1.6, 0.4995])]
     assert module.tensor().codes.tolist() == [[0, 3, 7, 7]] and module.tensor().codes.dtype == torch.uint8
     assert module().tolist() == [[-1.5, 0.0, 2.0, 2.0]]
     cotangent = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     offset, ratio = torch.autograd.grad((module() * cotangent).sum(), (module.offset, module.ratio))
-    assert offset.tolist() == [[0.0, 1.0, 1.5, 0.0]] and float(ratio) == pytest.approx(-1.5 + 6 + 8)
+    assert offset.tolist() == [[0.5, 1.0, 1.5, 2.0]] and float(ratio) == pytest.approx(-1.5 + 6 + 8)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -120,7 +123,7 @@ def test_the_divergence_is_that_of_the_models(name: str, tmp_path: Path) -> None
             assert after.dtype == before.dtype and (before.ndim == 1 or torch.equal(after, before))
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen2", "mixtral"])
 def test_codes_alone_bring_it_nearer(name: str, tmp_path: Path) -> None:
     """Of those which have a reason 16 % may move, on 32 steps whose size falls to 0."""
     case = Case(name, ScaleTuning(16, 0.0, 0.0, codes=1e-2))
@@ -135,6 +138,8 @@ def test_codes_alone_bring_it_nearer(name: str, tmp_path: Path) -> None:
         before, after = case.weights[name], tuned[name]
         assert torch.equal(after.zero, before.zero) and torch.equal(after.scale, before.scale)
         assert after.codes.max() < before.grid.levels
+    offsets = [weight.offset for weight in case.whole().weights()]
+    assert all(offsets[0].shape != each.shape or not torch.equal(offsets[0], each) for each in offsets[1:])
 
 
 def test_memory_does_not_hold_every_blocks_weights() -> None:

@@ -41,7 +41,7 @@ class Config:
     """Whether chunks that share a scale are one product, so that tensor cores are waited for once, not for each."""
     divided: bool = False
     """Whether warps share rows and tokens and divide the columns, with rounded activations alone; neither ``unroll``,
-    ``splits`` nor ``joined`` matters then."""
+    ``splits``, ``scaled`` nor ``joined`` matters then."""
     dequantize: bool = False
     """Whether to write the weight in half precision and leave the product to torch; the rest does not matter then."""
 
@@ -114,12 +114,13 @@ def save(entries: list[tuple[Product, Config]], path: Path) -> None:
 
 
 def read(path: Path) -> list[tuple[Product, Config]]:
-    """What :func:`save` wrote, in this version or another: configurations with more to them than is known here are left
-    out."""
+    """What :func:`save` wrote, in this version or another: configurations with more to them than is known here, or done
+    here, are left out."""
     known, found = {field.name for field in fields(Config)}, []
     for entry in json.loads(path.read_text(encoding="utf-8")):
         config = entry.pop("config")
-        if not any(value for name, value in config.items() if name not in known):
+        halves = config.get("divided", False) and entry["activation_bits"] == 16
+        if not halves and not any(value for name, value in config.items() if name not in known):
             found.append((Product(**entry), Config(**{n: value for n, value in config.items() if n in known})))
     return found
 

@@ -216,6 +216,10 @@ def test_a_measured_product_comes_before_its_neighbours(tmp_path, monkeypatch: p
     text = path.read_text().replace('"splits": 4', '"splits": 4, "other": false')
     path.write_text(text.replace('"splits": 3', '"splits": 3, "other": true'))
     assert read(path) == [(near, Config(splits=4))], "of another version: what asks for something unknown is left out"
+    path.write_text(
+        text.replace('"divided": false', '"divided": true').replace('"divided": true', '"divided": false', 1)
+    )
+    assert read(path) == [(near, Config(splits=4))], "and what asks for something that is not done here"
     merge(path, far, Config(splits=3))
     device = torch.device("cpu")
     assert choose(near, device) == choose(replace(near, tokens=9, rows=5120), device) == Config(splits=4)
