@@ -15,19 +15,19 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from aq_lightning import distributed
-from aq_lightning.calibration import RunDirectory, open_run, rotated
+from aq_lightning.calibration import Guards, RunDirectory, open_run, rotated
 from aq_lightning.comparison import Comparison
 from aq_lightning.conversion import describe
 from aq_lightning.data import TokenWindows
 from aq_lightning.deploy.prompts import Prompts
-from aq_lightning.disk import check_space
+from aq_lightning.disk import beside, check_space
 from aq_lightning.errors import Interrupted, RequestError
 from aq_lightning.evaluation import check_reference, render_scores
 from aq_lightning.fingerprint import check_alike, fingerprint
 from aq_lightning.language_model import QuantizedLanguageModel
 from aq_lightning.models.loading import Pretrained, load, load_tokenizer
 from aq_lightning.nulls import refuse_nulls
-from aq_lightning.pipeline import Guards, Job, quantize
+from aq_lightning.pipeline import Job, quantize
 from aq_lightning.plan import Probe, plan_lines
 from aq_lightning.preparation import Prepared, check_tuning, prepare
 from aq_lightning.rotating import Rotating
@@ -289,7 +289,8 @@ class PlanningLine(CommandLine):
         ranks = wished(section.devices, section.num_nodes)
         check_steps(ranks, samples, model.recipe.batch_size, section.accumulate_grad_batches)
         probe = Probe(prepared, self.trainer.strategy.root_device, length, ranks)
-        with TemporaryDirectory() as scratch:
-            measured = probe.measure(self.instantiate_trainer(max_epochs=probe.epochs, default_root_dir=scratch))
+        with TemporaryDirectory(prefix=".plan-", dir=beside(Path(self._section.out or "run"))) as scratch:
+            trainer = self.instantiate_trainer(max_epochs=probe.epochs, default_root_dir=scratch)
+            measured = probe.measure(trainer, Path(scratch) / "run")
         for line in plan_lines(prepared, measured, (samples, length), section.max_epochs, ranks):
             print(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,12 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
         tuning=0 if recipe.tuning is None else tuned,
         streams=2 * pair,
     )
+
+
+def beside(out: Path) -> Path | None:
+    """A directory on the disk of a run in ``out``, for what is written for a moment; None: it may not be written."""
+    place = next(each for each in out.absolute().parents if each.is_dir())
+    return place if os.access(place, os.W_OK | os.X_OK) else None
 
 
 def check_space(use: DiskUse, out: Path) -> int:

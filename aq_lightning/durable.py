@@ -55,18 +55,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A whole file or none."""
+def write_text(path: Path, text: str, lasting: bool = True) -> None:
+    """A whole file or none; one that need not outlast a failure of power, which is not waited for, may be damaged by
+    it."""
     partial = partial_of(path)
-    with _open(partial) as descriptor:
+    with _open(partial, lasting) as descriptor:
         _write(descriptor, text.encode())
     os.replace(partial, path)
-    sync(path.parent)
+    if lasting:
+        sync(path.parent)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], lasting: bool = True) -> None:
     """A JSON object with its checksum; the inverse of :func:`read_json`."""
-    write_text(path, json.dumps({**content, _SHA: _checksum(content)}, indent=2) + "\n")
+    write_text(path, json.dumps({**content, _SHA: _checksum(content)}, indent=2) + "\n", lasting)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -183,14 +185,15 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[int]:
-    """A descriptor of a new file, synced at the end; a file that fails to be written vanishes."""
+def _open(path: Path, lasting: bool = True) -> Iterator[int]:
+    """A descriptor of a new file, synced at the end if it is to last; a file that fails to be written vanishes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     with ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)
         try:
             yield descriptor
-            os.fsync(descriptor)
+            if lasting:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         undo.pop_all()

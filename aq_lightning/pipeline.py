@@ -19,16 +19,15 @@ from aq_lightning import distributed
 from aq_lightning.calibration import (
     WHOLE,
     Arguments,
+    Guards,
     Inside,
     Keeper,
     LiveWindow,
     Pairs,
     Position,
     Ranges,
-    Resume,
     RunDirectory,
     Share,
-    Stopping,
     Streams,
     Weights,
     activation_reach,
@@ -46,7 +45,6 @@ from aq_lightning.calibration import (
     weight_reach,
 )
 from aq_lightning.data import check_windows
-from aq_lightning.errors import RequestError
 from aq_lightning.evaluation import effective_bits
 from aq_lightning.export import compressed_tensors, formats, parity
 from aq_lightning.export.base import Subject
@@ -55,25 +53,6 @@ from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained, save_companions
 from aq_lightning.quantizers import quantized
 from aq_lightning.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Guards:
-    """How a run is kept from being lost; none of it changes a bit of the result."""
-
-    resume: Resume = "auto"
-    """Whether a run that is in the directory goes on, is demanded (``must``) or refused (``never``)."""
-    save_every: int = 200
-    """Optimizer steps between checkpoints inside a block; 0: only when the process is told to stop."""
-    keep_streams: bool = True
-    """Whether the activations that enter the block at work are kept on disk, or computed anew when a run goes on."""
-
-    stopping: Stopping = field(default_factory=Stopping, init=False)
-    """What SIGTERM and SIGINT come to."""
-
-    def __post_init__(self) -> None:
-        if self.save_every < 0:
-            raise RequestError(f"Steps between checkpoints are 0 or more, got --save_every {self.save_every}: try 200.")
 
 
 @dataclass(frozen=True)
@@ -146,14 +125,15 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
             live = LiveWindow(model, blocks, arguments, recipe, job.device)
             with observed(live.blocks, model.architecture.sites) as activations:
                 full = live.run(streams.full, exact=True)  # what the full-precision model answers
-            if not job.journal.finished(indices.start):
-                target = live.target(full, streams.quantized)
-                with quantized(live.blocks, recipe.scheme):
-                    calibrate(job, live, position, activations, streams, target, share)
-                del target  # two streams stay between windows
+            target = None if job.journal.finished(indices.start) else live.target(full, streams.quantized)
             with quantized(live.blocks, recipe.scheme):
-                live.install(job.window(indices.start))
-                streams = Streams(full=full, quantized=full if recipe.inputs == "full" else live.run(streams.quantized))
+                if target is None:
+                    live.install(job.window(indices.start))
+                    answers = live.run(streams.quantized, exact=True)
+                else:
+                    answers = calibrate(job, live, position, activations, streams, target, share)
+            streams = Streams(full=full, quantized=full if recipe.inputs == "full" else answers)
+            del target, answers  # two streams stay between windows
             live.release()
             if job.guards.keep_streams and indices.start in following:
                 keeper.keep(following[indices.start], streams)
@@ -179,7 +159,7 @@ def calibrate(
     streams: Streams,
     target: Tensor,
     share: Share,
-) -> None:
+) -> Tensor:
     """Fits one window of blocks to its target, rounds it for good and commits it to the journal.
 
     Args:
@@ -188,8 +168,11 @@ def calibrate(
         position: where they stand.
         activations: ranges observed at each block's sites.
         streams: what enters the window, (samples, length, hidden) each.
-        target: what to answer, same shape.
+        target: what to answer, same shape; used up, if it is a stream of its own.
         share: which samples these are.
+
+    Returns:
+        What the blocks answer as the journal holds them.
     """
     reset_peak_memory(job.device)
     scratch, inputs = job.journal.scratch(position.index), streams.quantized
@@ -205,12 +188,6 @@ def calibrate(
     if result.outcome != "trained" and distributed.leads():
         save_trained(result.module, scratch)
     codes, rounder_loss = live.round(result.module.blocks, streams, target, result.losses[result.outcome])
-    margins = result.module.margins()
-    reach = {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)}
-    merged = live.merge(result.module.blocks, codes)
-    with observed(live.blocks, job.pretrained.architecture.sites) as quantized:
-        loss = live.loss(live.blocks, inputs, target, exact=True)
-    reach |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(quantized)}
     metrics: dict[str, Any] = {
         "block": position.index,
         "outcome": result.outcome,
@@ -220,17 +197,36 @@ def calibrate(
         "rtn_loss": result.losses["nearest"],
         "initial_loss": result.losses["start"],
         **({} if rounder_loss is None else {"rounder_loss": rounder_loss}),
-        "loss": loss,
         "condition": result.module.conditions(),
-        "margin": margins,
-        "reach": reach,
+        "margin": result.module.margins(),
+        "reach": {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)},
+        "training_seconds": result.seconds,
+    }
+    return _commit(job, live, position, (inputs, target), live.merge(result.module.blocks, codes), metrics)
+
+
+def _commit(
+    job: Job,
+    live: LiveWindow,
+    position: Position,
+    data: tuple[Tensor, Tensor],
+    merged: Weights,
+    metrics: dict[str, Any],
+) -> Tensor:
+    """Writes a window that is rounded for good, and what it answers as the journal holds it; returns the answers."""
+    job.journal.put(position.index, compressed_tensors.pack(merged, job.recipe.layout))
+    live.install(job.window(position.index))  # the same in every process, and when a run goes on from here
+    with observed(live.blocks, job.pretrained.architecture.sites) as activations:
+        metrics["loss"], answers = live.answers(*data)
+    metrics["reach"] |= {"weights after": weight_reach(live.blocks), "activations after": activation_reach(activations)}
+    metrics |= {
         "effective_bits": effective_bits(merged),
         "seconds": time.monotonic() - live.began,
-        "training_seconds": result.seconds,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
-    job.journal.commit(position.index, compressed_tensors.pack(merged, job.recipe.layout), metrics)
+    job.journal.commit(position.index, metrics)
     job.tell(position, metrics)
+    return answers
 
 
 def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Arguments], samples: int) -> None:
@@ -265,7 +261,8 @@ def tune_scales(job: Job, data: tuple[Tensor, Tensor], arguments: Sequence[Argum
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": max(distributed.gathered(peak_memory(job.device))),
     }
-    job.journal.commit(WHOLE, compressed_tensors.pack(result.tensors, recipe.layout), metrics)
+    job.journal.put(WHOLE, compressed_tensors.pack(result.tensors, recipe.layout))
+    job.journal.commit(WHOLE, metrics)
     job.tell(whole.position, metrics)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -19,6 +20,7 @@ from aq_lightning.calibration import (
     LiveWindow,
     Pairs,
     Position,
+    RunDirectory,
     Streams,
     capture,
     observed,
@@ -35,7 +37,7 @@ _VOCABULARY = 64  # tokens of the random model
 _STEPS = 2  # batches that the probe has
 _EPOCHS = 3  # of them; the first step of all compiles and records, where steps are
 _TUNED = 4  # passes that a step of tuning is worth: forward twice, and backward
-_PASSES = 7  # full precision, four candidates, the merged block, and on to the next
+_PASSES = 6  # full precision, four candidates, and the merged block, whose answers enter the next
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Measured:
     other: float
     """Seconds for each batch of all else that reads samples: ranges and scales to start from, and the rounder."""
     rest: float
-    """Seconds of what is done once, and rounding for good."""
+    """Seconds of what is done once: rounding for good, and writing the block."""
+    keeping: float
+    """Seconds of writing both streams of a batch, beside the work on the next block."""
     memory: int
     """Peak bytes of the device with two batches, on a CPU of the whole process."""
 
@@ -76,11 +80,12 @@ class Probe:
         self.windows = torch.randint(_VOCABULARY, (size, length))
         self.model = Pretrained(prepared.source, self._random_model(), None, prepared.architecture)
 
-    def measure(self, trainer: Trainer) -> Measured:
+    def measure(self, trainer: Trainer, scratch: Path) -> Measured:
         """Training, whose later steps count, a pass, and what stands before and behind training.
 
         Args:
             trainer: for :attr:`epochs`.
+            scratch: an empty directory on the disk of the run.
         """
         recipe = self.recipe
         reset_peak_memory(self.device)
@@ -104,8 +109,17 @@ class Probe:
                 live.round(module.blocks, Streams(data, data), target[: len(data)], math.inf)
 
             other_each, rest = self._apiece(other, stream)
-            rest += self._seconds(lambda: compressed_tensors.pack(live.merge(module.blocks, [{}]), recipe.layout))
-        return Measured(trainings, stopwatch.step, stopwatch.epoch, forward, other_each, rest, peak_memory(self.device))
+            journal = RunDirectory(scratch)
+
+            def commit() -> None:
+                journal.scratch(0)
+                journal.put(0, compressed_tensors.pack(live.merge(module.blocks, [{}]), recipe.layout))
+                journal.commit(0, {})
+
+            rest += self._seconds(commit)
+        keeping = self._seconds(lambda: journal.write_streams(1, Streams(stream, target))) / _STEPS
+        memory, step, epoch = peak_memory(self.device), stopwatch.step, stopwatch.epoch
+        return Measured(trainings, step, epoch, forward, other_each, rest, keeping, memory)
 
     def _apiece(self, work: Callable[[Tensor], object], stream: Tensor) -> tuple[float, float]:
         """Seconds of some work for each batch of a stream, and once, when it was done before."""
@@ -202,10 +216,11 @@ def plan_lines(
 
 
 def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
-    """Of one block: steps, passes of all samples, and rounding. Several processes have as many, smaller batches."""
+    """Of one block: steps, passes of all samples, rounding and writing, or, if that takes longer, the streams on their
+    way to the disk. Several processes have as many, smaller batches."""
     passes = (_PASSES + same_input) * batches * measured.forward
     training = measured.trainings * epochs * (batches * measured.step + measured.epoch)
-    return training + passes + batches * measured.other + measured.rest
+    return max(training + passes + batches * measured.other + measured.rest, batches * measured.keeping)
 
 
 def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks: int = 1) -> dict[str, int]:

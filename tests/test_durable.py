@@ -97,6 +97,16 @@ def test_json_comes_back(tmp_path_factory: pytest.TempPathFactory, content: dict
     assert durable.read_json(path) == content
 
 
+def test_what_need_not_last_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
+    durable.write_json(tmp_path / "file", {"a": 1}, lasting=False)
+    assert durable.read_json(tmp_path / "file") == {"a": 1} and not synced
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    durable.write_json(tmp_path / "file", {"a": 2})
+    assert durable.read_json(tmp_path / "file") == {"a": 2} and len(synced) == 2, "the file and its directory"
+
+
 def test_a_failing_body_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), durable.sealed(tmp_path / "target") as partial:
         durable.write_text(partial / "text", "content")

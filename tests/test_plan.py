@@ -6,13 +6,14 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CONFIGS
 
-from aq_lightning.calibration import BlockCalibration
+from aq_lightning.calibration import BlockCalibration, RunDirectory
 from aq_lightning.cli import main
 from aq_lightning.plan import Measured, block_seconds
 from aq_lightning.strategy import wished
@@ -81,9 +82,11 @@ def test_plan_of_several_processes(plan: Callable[..., str]) -> None:
 
 
 def test_time_counts_steps_and_passes() -> None:
-    measured = Measured(trainings=2, step=2.0, epoch=0.25, forward=0.5, other=0.125, rest=3.0, memory=0)
+    measured = Measured(trainings=2, step=2.0, epoch=0.25, forward=0.5, other=0.125, rest=3.0, keeping=0.5, memory=0)
     found = block_seconds(measured, batches=10, epochs=20, same_input=True)
-    assert found == 2 * 20 * (10 * 2.0 + 0.25) + 8 * 10 * 0.5 + 10 * 0.125 + 3.0
+    assert found == 2 * 20 * (10 * 2.0 + 0.25) + 7 * 10 * 0.5 + 10 * 0.125 + 3.0
+    slow = block_seconds(replace(measured, keeping=100.0), batches=10, epochs=20, same_input=True)
+    assert slow == 10 * 100.0, "the disk is what everything waits for"
 
 
 def test_a_step_is_all_that_is_done_for_it(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +95,17 @@ def test_a_step_is_all_that_is_done_for_it(plan: Callable[..., str], monkeypatch
     monkeypatch.setattr(BlockCalibration, "after_update", lambda self: (time.sleep(0.5), after(self)))
     seconds = float(re.search(r"time: ([\d.]+) s a block", plan("--model.batch_size=4"))[1])
     assert 4 * 0.5 <= seconds <= 4 * 0.5 + 2
+
+
+def test_writing_counts(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block with the work; streams beside it, and so only where they take longer."""
+    commit, write = RunDirectory.commit, RunDirectory.write_streams
+    monkeypatch.setattr(RunDirectory, "commit", lambda self, *a: (time.sleep(3), commit(self, *a)))
+    seconds = float(re.search(r"time: ([\d.]+) s a block", plan())[1])
+    assert 3 <= seconds <= 5
+    monkeypatch.setattr(RunDirectory, "write_streams", lambda self, *a: (time.sleep(10), write(self, *a)))
+    whole = float(re.search(r"time: ([\d.]+) s a block", plan("--model.batch_size=2"))[1])
+    assert 20 <= whole <= 21, "four batches, of which two are written in 10 s"
 
 
 def test_plan_writes_nothing(plan: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

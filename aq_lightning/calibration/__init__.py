@@ -12,10 +12,10 @@ from aq_lightning.calibration.block import save_trained as save_trained
 from aq_lightning.calibration.call import Arguments as Arguments
 from aq_lightning.calibration.checkpoint import WHOLE as WHOLE
 from aq_lightning.calibration.checkpoint import WORLD as WORLD
-from aq_lightning.calibration.checkpoint import Resume as Resume
 from aq_lightning.calibration.checkpoint import RunDirectory as RunDirectory
 from aq_lightning.calibration.fit import Fit as Fit
 from aq_lightning.calibration.fit import fit as fit
+from aq_lightning.calibration.guards import Guards as Guards
 from aq_lightning.calibration.inside import Inside as Inside
 from aq_lightning.calibration.interruption import Stopping as Stopping
 from aq_lightning.calibration.keeping import Keeper as Keeper

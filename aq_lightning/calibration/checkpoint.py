@@ -117,18 +117,15 @@ class RunDirectory:
             return
         began = read_json(self.path / _FINGERPRINT)
         if began is None:
-            raise RequestError(
-                f"A run that goes on has its fingerprint, got {str(self.path / _FINGERPRINT)!r} missing or damaged: "
-                "choose another --out."
-            )
+            raise RequestError(f"A run that goes on has its fingerprint, got {str(self.path / _FINGERPRINT)!r} missing "
+                               "or damaged: choose another --out.")  # fmt: skip
         names = sorted({*began, *fingerprint})
         different = [f"{name}: {began.get(name, 'none')} → {fingerprint.get(name, 'none')}"
                      for name in names if began.get(name) != fingerprint.get(name)]  # fmt: skip
         if different:
-            raise RequestError(
-                f"A run goes on with the model, data and versions that it began with, got {str(self.path)!r}, where "
-                f"these differ ({'; '.join(different)}): restore them, or choose another --out."
-            )
+            raise RequestError(f"A run goes on with the model, data and versions that it began with, got "
+                               f"{str(self.path)!r}, where these differ ({'; '.join(different)}): restore them, or "
+                               "choose another --out.")  # fmt: skip
 
     @property
     def lock_file(self) -> Lock:
@@ -191,11 +188,13 @@ class RunDirectory:
         """A fresh directory in which the window that starts at ``block`` is prepared."""
         return fresh(self._block(block))
 
-    def commit(self, block: int, weights: Mapping[str, Tensor], metrics: Mapping[str, object]) -> None:
-        """Completes a window: everything in its scratch directory, its weights and metrics appear at once."""
-        scratch = partial_of(self._block(block))
-        save_tensors(scratch / _WEIGHTS, weights)
-        write_text(scratch / _METRICS, json.dumps(metrics, indent=2))
+    def put(self, block: int, weights: Mapping[str, Tensor]) -> None:
+        """Writes a window's packed weights to its scratch directory."""
+        save_tensors(partial_of(self._block(block)) / _WEIGHTS, weights)
+
+    def commit(self, block: int, metrics: Mapping[str, object]) -> None:
+        """Completes a window: everything in its scratch directory, its weights too, and its metrics appear at once."""
+        write_text(partial_of(self._block(block)) / _METRICS, json.dumps(metrics, indent=2))
         self._manifests[block] = seal(self._block(block), {"after": self._sum_before(block)})
         remove(self.inside)
 
@@ -213,8 +212,9 @@ class RunDirectory:
         return block in self._manifests
 
     def weights(self, block: int, device: str = "cpu") -> dict[str, Tensor]:
-        """Packed weights of a finished window, on a device."""
-        return load_file(self._block(block) / _WEIGHTS, device)
+        """Packed weights of a window that is finished, or whose weights were put, on a device."""
+        place = self._block(block)
+        return load_file((place if place.exists() else partial_of(place)) / _WEIGHTS, device)
 
     def write_streams(self, block: int, streams: Streams) -> None:
         """Writes the streams that enter the window that starts at ``block``, which are whole or absent."""
@@ -261,7 +261,7 @@ class RunDirectory:
     def at_work(self, now: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Notes where the run stands, or says what was noted last."""
         if now is not None:
-            write_json(self.path / _AT_WORK, now)
+            write_json(self.path / _AT_WORK, now, lasting=False)
         return read_json(self.path / _AT_WORK)
 
     def all_metrics(self) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
 from aq_lightning.calibration.checkpoint import RunDirectory
 from aq_lightning.calibration.streams import Streams
@@ -26,7 +25,6 @@ class Keeper:
         self.journal = journal
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._writing: tuple[int, Future[None]] | None = None
-        self._copies: dict[str, Tensor] = {}
 
     def __enter__(self) -> Keeper:
         return self
@@ -39,18 +37,22 @@ class Keeper:
             self._thread.shutdown()
 
     def keep(self, block: int, streams: Streams) -> None:
-        """Begins to write the streams that enter the window that starts at ``block``; a GPU's are copied first."""
+        """Begins to write the streams that enter the window that starts at ``block``; they must stay as they are."""
         self.finish()
-        pair = {"full": streams.full, "quantized": streams.quantized}
-        copies = Streams(**{name: x if x.device.type == "cpu" else self.copied(name, x) for name, x in pair.items()})
-        self._writing = block, self._thread.submit(self.journal.write_streams, block, copies)
+        queue = self._queue(streams.full.device)
+        self._writing = block, self._thread.submit(self._write, block, streams, queue)
 
-    def copied(self, name: str, stream: Tensor) -> Tensor:
-        """A GPU's stream in memory of the host, the same for all pairs, so that its pages are new only once."""
-        copy = self._copies.get(name)
-        if copy is None or (copy.shape, copy.dtype) != (stream.shape, stream.dtype):
-            copy = self._copies[name] = torch.empty(stream.shape, dtype=stream.dtype)
-        return copy.copy_(stream)
+    def _write(self, block: int, streams: Streams, queue: torch.cuda.Stream | None) -> None:
+        with torch.cuda.stream(queue):  # copies to the host neither wait for the window at work nor hold it up
+            self.journal.write_streams(block, streams)
+
+    def _queue(self, device: torch.device) -> torch.cuda.Stream | None:
+        """A GPU's own queue for copies, behind what is asked of it so far."""
+        if device.type == "cpu":
+            return None
+        queue = torch.cuda.Stream(device)
+        queue.wait_stream(torch.cuda.current_stream(device))
+        return queue
 
     def finish(self) -> None:
         """Waits for the pair that is being written, and removes the one before.
@@ -60,5 +62,5 @@ class Keeper:
         """
         if self._writing is not None:
             (block, written), self._writing = self._writing, None
-            written.result()
+            written.result()  # and with it the streams are let go
             self.journal.drop_streams(block)

@@ -28,9 +28,14 @@ class SharedRunDirectory(RunDirectory):
     def scratch(self, block: int) -> Path:
         return super().scratch(block) if distributed.leads() else partial_of(self._block(block))
 
-    def commit(self, block: int, weights: Mapping[str, Tensor], metrics: Mapping[str, object]) -> None:
+    def put(self, block: int, weights: Mapping[str, Tensor]) -> None:
         if distributed.leads():
-            super().commit(block, weights, metrics)
+            super().put(block, weights)
+        distributed.wait()
+
+    def commit(self, block: int, metrics: Mapping[str, object]) -> None:
+        if distributed.leads():
+            super().commit(block, metrics)
         self._manifests = distributed.from_first(self._manifests)
 
     def finished(self, block: int) -> bool:

@@ -191,11 +191,11 @@ def run(
 
 
 @torch.no_grad()
-def gathered(parts: Iterable[tuple[slice, Tensor]], like: Tensor) -> tuple[Tensor, bool]:
-    """Parts of a stream on a device as one like another, (samples, length, hidden), and where that is; and whether all
-    of it is finite."""
+def gathered(parts: Iterable[tuple[slice, Tensor]], like: Tensor, into: Tensor | None = None) -> tuple[Tensor, bool]:
+    """Parts of a stream on a device as one like another, (samples, length, hidden), and where that is, or in the place
+    of a third; and whether all of it is finite."""
     pinned = like.is_pinned()
-    result, finite = torch.empty_like(like, pin_memory=pinned), []
+    result, finite = torch.empty_like(like, pin_memory=pinned) if into is None else into, []
     for where, part in parts:
         result[where].copy_(part, non_blocking=pinned)
         finite.append(torch.isfinite(part).all())

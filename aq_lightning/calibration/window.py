@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,9 @@ class LiveWindow:
     def run(
         self, stream: Tensor, exact: bool = False, become: Callable[[slice, Tensor], Tensor] = lambda _, answer: answer
     ) -> Tensor:
-        """The blocks' answer to a stream, (samples, length, hidden) → a new one; ``exact`` as in :meth:`loss`. What the
-        answer to some samples becomes by ``become``, on the device, is kept in its place."""
+        """The blocks' answer to a stream, (samples, length, hidden) → a new one. On a GPU blocks that answer in float16
+        compute in it where that suffices; ``exact``: they never do, for what is looked at on the way. What the answer
+        to some samples becomes by ``become``, on the device, is kept in its place."""
         for half in (True, False) if not exact and self._half_suffices(self.blocks, stream[:1]) else (False,):
             passes = each_answer(self.blocks, self.arguments, stream, self.recipe.batch_size, self.device, half)
             found, finite = gathered(((where, become(where, answer)) for where, answer in passes), stream)
@@ -77,6 +78,9 @@ class LiveWindow:
         Args:
             full: the answer to the full-precision stream.
             inputs: the quantized stream.
+
+        Returns:
+            A new stream if the objective has two teachers, else ``full``.
         """
         objective = self.recipe.objective
         if not objective.same_input:
@@ -109,19 +113,30 @@ class LiveWindow:
             inputs = passes.run(plain, inputs) if block is not attached[-1] else inputs
         return attached
 
-    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor, exact: bool = False) -> float:
+    def loss(self, blocks: Sequence[nn.Module], inputs: Tensor, target: Tensor) -> float:
         """Mean objective over all samples of this window's blocks, attached or plain; infinite if any is not finite.
 
         Every process gives its samples, and gets the mean over those of all. On a GPU blocks that answer in float16
-        compute in it where that suffices; ``exact``: they never do, for what is looked at on the way.
+        compute in it where that suffices.
         """
         functions = [block.snapshot() if isinstance(block, AttachedBlock) else block for block in blocks]
-        half = not exact and self._half_suffices(functions, inputs[:1])
+        half = self._half_suffices(functions, inputs[:1])
         losses = self._losses(functions, inputs, target, half)
         if half and not losses.isfinite().all():
             losses = self._losses(functions, inputs, target, half=False)
-        mean = float(distributed.mean(losses))
-        return mean if math.isfinite(mean) else math.inf
+        return _mean(losses)
+
+    def answers(self, inputs: Tensor, target: Tensor) -> tuple[float, Tensor]:
+        """One exact pass of the blocks as they are: their :meth:`loss`, and what :meth:`run` returns.
+
+        Args:
+            inputs: what enters the window, (samples, length, hidden).
+            target: what to answer; if it is a stream of its own (:meth:`target`), the answers take its place.
+        """
+        losses: list[Tensor] = []
+        judged = self._judged(self.blocks, inputs, target, half=False, losses=losses)
+        found, finite = gathered(judged, inputs, into=target if self.recipe.objective.same_input else None)
+        return _mean(torch.stack(losses)), check_finite(found, finite)
 
     def round(
         self, attached: Sequence[AttachedBlock], streams: Streams, target: Tensor, ceiling: float
@@ -178,15 +193,25 @@ class LiveWindow:
     def _passes(self) -> list[Passes]:
         return [Passes(arguments, self.recipe.batch_size, self.device) for arguments in self.arguments]
 
-    @torch.no_grad()
     def _losses(self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool) -> Tensor:
         """The objective of each sample, (samples), on the device."""
-        found = []
+        losses: list[Tensor] = []
+        for _ in self._judged(blocks, inputs, target, half, losses):
+            pass
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def _judged(
+        self, blocks: Sequence[BlockFunction], inputs: Tensor, target: Tensor, half: bool, losses: list[Tensor]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """What blocks answer, part by part, as :func:`each_answer` gives it; the objective of each sample, a scalar on
+        the device, goes to ``losses``."""
         for where, answer in each_answer(blocks, self.arguments, inputs, self.recipe.batch_size, self.device, half):
             wanted = target[where].to(self.device, non_blocking=True)
-            found += map(self.recipe.objective.loss, answer.split(1), wanted.split(1))
-            del answer, wanted
-        return torch.stack(found)
+            losses += map(self.recipe.objective.loss, answer.split(1), wanted.split(1))
+            del wanted
+            yield where, answer
+            del answer
 
     def _half_suffices(self, blocks: Sequence[BlockFunction], sample: Tensor) -> bool:
         """Whether passes may take float16, which neither overflows nor loses what is small, for one sample."""
@@ -200,6 +225,12 @@ class LiveWindow:
         model = self.pretrained
         scheme = self.recipe.scheme
         return attach(block, model.architecture, model.heads, transforms, weight_quantizer, scheme, model.storage)
+
+
+def _mean(losses: Tensor) -> float:
+    """Over the samples of all processes; infinite if any is not finite."""
+    mean = float(distributed.mean(losses))
+    return mean if math.isfinite(mean) else math.inf
 
 
 def switches(block: nn.Module, architecture: Architecture, heads: Heads, recipe: Recipe) -> list[str]:

@@ -40,7 +40,7 @@ def test_float16_where_it_reaches() -> None:
     assert_close("what the block adds", exact - stream, near - stream, 2e-3)
     assert torch.equal(live.run(stream, exact=True), exact)
     assert live.loss(live.blocks, stream, exact) == pytest.approx(float((near - exact).square().mean()), rel=1e-4)
-    assert live.loss(live.blocks, stream, exact, exact=True) == 0.0
+    assert live.answers(stream, exact.clone())[0] == 0.0
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
@@ -83,3 +83,17 @@ def test_target(same_input: bool) -> None:
     expected = live.recipe.objective.target(full, live.run(inputs) if same_input else None)
     assert torch.equal(live.target(full, inputs), expected)
     assert torch.equal(expected, full) is not same_input, "the control"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers", "ignore:.*in eval mode")
+@pytest.mark.parametrize("same_input", [False, True])
+def test_one_pass_gives_the_loss_and_the_answers(same_input: bool) -> None:
+    """In the place of a target that nobody else reads, and never in the place of one that is the other stream too."""
+    live, stream = window()
+    live.recipe = replace(live.recipe, objective=BlockMSE(same_input), batch_size=2)
+    full, inputs = live.run(stream), stream + 0.1 * torch.randn(stream.shape)
+    target = live.target(full, inputs)
+    kept, expected, loss = full.clone(), live.run(inputs, exact=True), live.loss(live.blocks, inputs, target)
+    found, answers = live.answers(inputs, target)
+    assert found == loss > 0 and torch.equal(answers, expected) and torch.equal(full, kept)
+    assert (answers.data_ptr() == target.data_ptr()) is same_input
