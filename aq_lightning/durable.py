@@ -57,10 +57,12 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str, lasting: bool = True) -> None:
     """A whole file or none; one that need not outlast a failure of power, which is not waited for, may be damaged by
-    it."""
+    it, and is gone for a moment."""
     partial = partial_of(path)
     with _open(partial, lasting) as descriptor:
         _write(descriptor, text.encode())
+    if not lasting:
+        path.unlink(missing_ok=True)  # replacing a file, ext4 waits for the disk
     os.replace(partial, path)
     if lasting:
         sync(path.parent)

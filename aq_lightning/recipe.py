@@ -76,7 +76,8 @@ class ScaleTuning:
     norms: float
     """The same of norms and biases, relative to the root of their mean square."""
     codes: float = 0.0
-    """The same of codes: which share of those with a reason may move in a step; 0: they stay. Training keeps four
+    """The same of codes, as a share of the grid from end to end, so that one number serves 2 bits and 4: times the
+    grid's steps, the share of codes with a reason to move that do so in a step; 0: they stay. Training keeps four
     numbers of 32 bits beside each."""
     batch_size: int = 4
     """Windows of text per step."""

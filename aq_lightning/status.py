@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -24,7 +28,7 @@ def status_of(path: Path) -> str:
     owner = run.lock_file.owner()
     done, now = run.all_metrics(), run.at_work()
     finished = run.results is not None
-    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    files = list(_stats(path))
     lines = {
         "run": f"{path} ({_named(path)})",
         "state": "finished" if finished else f"at work: {owner}" if owner else "stopped; the same command goes on",
@@ -38,6 +42,14 @@ def status_of(path: Path) -> str:
                         f"loss {now['loss']:.3g}")  # fmt: skip
         lines["time left"] = _left(done, now)
     return "\n".join(f"{name:<11}{value}" for name, value in lines.items() if value)
+
+
+def _stats(path: Path) -> Iterator[os.stat_result]:
+    """Of every file that is still there when it is looked at."""
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            if stat.S_ISREG((found := file.stat()).st_mode):
+                yield found
 
 
 def _named(path: Path) -> str:

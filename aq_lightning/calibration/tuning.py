@@ -110,7 +110,7 @@ class WholeModel(MicroBatched):
         steps = self.recipe.scheme.weight.levels - 1  # of the grid, from end to end
         groups = [{"params": [weight.ratio for weight in self.weights()], "lr": self.tuning.scales / steps}]
         if self.tuning.codes:
-            groups.append({"params": [weight.offset for weight in self.weights()], "lr": self.tuning.codes})
+            groups.append({"params": [weight.offset for weight in self.weights()], "lr": self.tuning.codes * steps})
         for vector in (vector for block in self.blocks for vector in block.vectors.values()):
             size = max(float(vector.detach().square().mean().sqrt()), _SMALLEST)
             groups.append({"params": [vector], "lr": self.tuning.norms / steps * size})
