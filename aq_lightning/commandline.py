@@ -36,6 +36,7 @@ from aq_lightning.scoring import Opening
 from aq_lightning.strategy import alone, begin, check_shares, check_start, check_steps, check_trainer, replicas, wished
 from aq_lightning.summary import Log, draw, program, say, summary_lines
 from aq_lightning.vigil import Vigil
+from aq_lightning.writing import Writing
 
 _TRAINER_DEFAULTS = {  # one block is one fit: its Trainer is silent, and the displays in callbacks/ span all blocks
     "devices": 1,
@@ -183,7 +184,8 @@ class CommandLine(LightningCLI):
         datamodule.attach_tokenizer(load_tokenizer(prepared.source, model.trust_remote_code))
         windows = {"calibration": datamodule.calibration(), "evaluation": datamodule.evaluation()}
         revision = getattr(prepared.config, "_commit_hash", None)
-        use = prepared.disk(windows["calibration"].numel() if guards.keep_streams else 0)
+        samples, length = datamodule.calibration_shape
+        use = prepared.disk(samples if guards.keep_streams else 0, length)
         identity = fingerprint(prepared.source, revision, windows, self.trainer.strategy.root_device.type)
         if distributed.leads():
             run.check_fingerprint(identity)
@@ -230,8 +232,10 @@ class CommandLine(LightningCLI):
         rows = run.remembered("baselines", baselines)["rows"]
         trainer, windows = self._scoring_trainer, datamodule.calibration()
         stage = Rotating(pretrained, model.recipe, run, trainer, guards.stopping, datamodule.seed)
+        turned = rotated(pretrained, stage.rotation(windows))
+        more = Writing(turned, model.recipe, run, self.trainer.strategy.root_device, datamodule.seed).windows(windows)
         job = Job(
-            rotated(pretrained, stage.rotation(windows)),
+            turned,
             model.recipe,
             run,
             lambda root, **more: self.instantiate_trainer(default_root_dir=str(root), logger=loggers, **more),
@@ -240,7 +244,7 @@ class CommandLine(LightningCLI):
             guards,
             Log(model.recipe.tuning is not None).window,
         )
-        quantize(job, windows)
+        quantize(job, windows, more)
         if not distributed.leads():
             return {}
         method = Path(str(self._section.config[0])).stem

@@ -44,7 +44,7 @@ class DiskUse:
         return f"disk use: up to {_size(self.total)} ({parts})"
 
 
-def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Recipe, stream: int) -> DiskUse:
+def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Recipe, streams: int) -> DiskUse:
     """An upper bound, from shapes alone.
 
     Args:
@@ -52,7 +52,7 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
         attached: one of its blocks with the recipe, alike for all.
         blocks: their number.
         recipe: the method.
-        stream: elements of one stream, samples · length · hidden.
+        streams: elements of all streams that enter a block, each samples · length · hidden.
     """
     grid = recipe.scheme.weight
     shapes = [each.shape for each in weights(attached.block).values()]
@@ -70,13 +70,12 @@ def disk_use(model: nn.Module, attached: AttachedBlock, blocks: int, recipe: Rec
     moving = recipe.tuning is not None and recipe.tuning.codes > 0
     tuned = blocks * (packed if moving else storage * (groups + vectors))
     tuned += blocks * (groups + vectors + codes * moving) * 2 * 12  # two checkpoints: parameters and moments, float32
-    pair = 2 * stream * recipe.streams.torch_dtype.itemsize
     return DiskUse(
         result=blocks * packed + storage * max(outside, 0),
         blocks=blocks * (packed + learnt),
         inside=7 * recipe.plan.size * 6 * learnt,  # attempts, six at most; parameters, moments, states to return to
         tuning=0 if recipe.tuning is None else tuned,
-        streams=2 * pair,
+        streams=2 * streams * recipe.streams.torch_dtype.itemsize,
     )
 
 

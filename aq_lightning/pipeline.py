@@ -91,32 +91,34 @@ class Job:
         return compressed_tensors.unpack(stored, self.recipe.scheme.weight, self.recipe.layout)
 
 
-def quantize(job: Job, windows: Tensor) -> None:
+def quantize(job: Job, windows: Tensor, written: Tensor | None = None) -> None:
     """AffineQuant, or whichever relative the recipe describes, on every block in turn; of several processes each passes
     its own share of the windows through every block.
 
     Args:
         job: the work.
         windows: calibration tokens, int64 (samples, length).
+        written: tokens of windows for the last stage alone, of the same length; None: none.
     """
     check_windows(windows, job.pretrained.model.get_input_embeddings().num_embeddings)
     if not all(job.journal.finished(start) for start in job.starts()):
         with garbage_kept():
-            _calibrate_all(job, windows)
+            _calibrate_all(job, windows, windows[:0] if written is None else written)
     distributed.part()
     if distributed.leads():
         export(job)
 
 
-def _calibrate_all(job: Job, windows: Tensor) -> None:
+def _calibrate_all(job: Job, windows: Tensor, written: Tensor) -> None:
     """Every window of blocks that is not finished, and what follows for all of them."""
     recipe, model, starts = job.recipe, job.pretrained, job.starts()
     plan, following = list(recipe.plan.windows(len(model.blocks))), dict(pairwise(starts))
-    share = Share(len(windows), recipe.batch_size, distributed.rank(), distributed.ranks())
-    stream, arguments = capture(model.shell(), windows[share.indices()], recipe.streams, job.device)
-    streams = Streams(full=stream, quantized=stream)  # each (samples, length, hidden): inputs of block 0
-    entering = None if recipe.tuning is None else stream
-    del stream  # which the first window uses up
+    share, both = (Share(count, recipe.batch_size, distributed.rank(), distributed.ranks())
+                   for count in (len(windows), len(windows) + len(written)))  # fmt: skip
+    own = both.indices()  # (samples of this process)
+    stream, arguments = capture(model.shell(), torch.cat([windows, written])[own], recipe.streams, job.device)
+    streams = Streams.entering(stream, int((own < len(windows)).sum()))  # each (samples, length, hidden)
+    entering, stream = None if recipe.tuning is None else stream, None  # which the first window uses up
     first, streams = _where_to_go_on(job, starts, streams)
     ahead = [indices for indices in plan if indices.start >= first]
     with Keeper(job.journal) as keeper:
@@ -125,6 +127,7 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
             live = LiveWindow(model, blocks, arguments, recipe, job.device)
             with observed(live.blocks, model.architecture.sites) as activations:
                 full = live.run(streams.full, exact=True)  # what the full-precision model answers
+            more = None if streams.written is None else live.run(streams.written)
             target = None if job.journal.finished(indices.start) else live.target(full, streams.quantized)
             with quantized(live.blocks, recipe.scheme):
                 if target is None:
@@ -132,13 +135,13 @@ def _calibrate_all(job: Job, windows: Tensor) -> None:
                     answers = live.run(streams.quantized, exact=True)
                 else:
                     answers = calibrate(job, live, position, activations, streams, target, share)
-            streams = Streams(full=full, quantized=full if recipe.inputs == "full" else answers)
-            del target, answers  # two streams stay between windows
+            streams = Streams(full, full if recipe.inputs == "full" else answers, more)
+            del target, answers, more  # two streams stay between windows, or three
             live.release()
             if job.guards.keep_streams and indices.start in following:
                 keeper.keep(following[indices.start], streams)
         if not all(job.journal.finished(start) for start in starts):
-            tune_scales(job, (entering, streams.full), arguments, len(windows))
+            tune_scales(job, (entering, streams.all_full(recipe.streams, job.device)), arguments, both.samples)
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:
@@ -148,7 +151,7 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
         return starts[0], entering
     start, streams = kept
     store = job.recipe.streams.store
-    return start, Streams(store(streams.full, job.device), store(streams.quantized, job.device))
+    return start, Streams(**{name: store(stream, job.device) for name, stream in streams.tensors().items()})
 
 
 def calibrate(

@@ -203,15 +203,18 @@ def plan_lines(
     yield from prepared.sites()
     yield from prepared.notes
     yield f"bits per weight: {prepared.bits():.3f}"
-    yield str(prepared.disk(samples * length))
+    yield str(prepared.disk(samples, length))
     each = f" of each of {ranks} processes" if ranks > 1 else ""
     for name, count in memory(prepared, measured, shape, ranks).items():
         yield f"{name} memory{each}: {count / 1e9:.2f} GB"
     block = block_seconds(measured, -(-samples // recipe.batch_size), epochs, recipe.objective.same_input)
     tuning = 0 if recipe.tuning is None else _TUNED * recipe.tuning.epochs + 2  # passes of all samples
-    whole = block + tuning * -(-samples // recipe.batch_size) * measured.forward  # tuning's share of a block
+    more = 0 if recipe.tuning is None else recipe.tuning.written
+    passes = tuning * -(-(samples + more) // recipe.batch_size) + -(-more // recipe.batch_size)
+    whole = block + passes * measured.forward  # tuning's share of a block
     yield (f"time: {block:.1f} s a block, {whole * prepared.blocks / 3600:.2f} h for all"
            f"{' and the tuning of their scales' if tuning else ''}, without scoring"
+           f"{', without writing text' if more else ''}"
            f"{' and without what the processes tell one another' if ranks > 1 else ''}")  # fmt: skip
 
 
@@ -227,8 +230,8 @@ def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks
     """Peak bytes by device, of one process: what the probe took, and its share of all streams instead of the probe's.
 
     There are four at once: both that enter the block, the target, and the one that is being computed; and what enters
-    the first block, if scales are tuned, which reads two. Beside a GPU, the host holds the next block and, while the
-    result is written, as much as a block in float32 takes.
+    the first block, if scales are tuned, which reads two. Of windows that the model writes there are three. Beside a
+    GPU, the host holds the next block and, while the result is written, as much as a block in float32 takes.
     """
     samples, length = shape
     storage = prepared.recipe.streams
@@ -236,6 +239,9 @@ def memory(prepared: Prepared, measured: Measured, shape: tuple[int, int], ranks
     tuning, hidden = prepared.recipe.tuning, prepared.config.get_text_config().hidden_size
     stream = more * length * hidden * storage.torch_dtype.itemsize
     streams = (4 if tuning is None else 5) * stream
+    if tuning is not None:
+        each = -(-tuning.written // ranks) * length * hidden * storage.torch_dtype.itemsize
+        streams, stream = streams + 3 * each, stream + each
     block = sum(parameter.numel() for parameter in prepared.attached.block.parameters())
     outside = sum(parameter.numel() for parameter in prepared.model.parameters()) - prepared.blocks * block
     host = 4 * max(outside, 0) + (4 + prepared.storage.itemsize) * block

@@ -49,10 +49,11 @@ class Prepared:
         """Their number."""
         return len(self.model.get_submodule(self.architecture.blocks))
 
-    def disk(self, tokens: int) -> DiskUse:
-        """What the run takes at most, if it keeps the streams of so many tokens."""
-        stream = tokens * self.config.get_text_config().hidden_size
-        return disk_use(self.model, self.attached, self.blocks, self.recipe, stream)
+    def disk(self, samples: int, length: int) -> DiskUse:
+        """What the run takes at most, if it keeps the streams of so many samples; of none if there are none."""
+        more = 0 if self.recipe.tuning is None or not samples else self.recipe.tuning.written
+        streams = (2 * samples + more) * length * self.config.get_text_config().hidden_size
+        return disk_use(self.model, self.attached, self.blocks, self.recipe, streams)
 
     def bits(self) -> float:
         """Effective bits per weight of the result."""

@@ -81,9 +81,11 @@ class ScaleTuning:
     numbers of 32 bits beside each."""
     batch_size: int = 4
     """Windows of text per step."""
+    written: int = 0
+    """Windows of text that the full-precision model writes itself, to be passed over beside those of calibration."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("written", 0)):
             if getattr(self, name) < least:
                 raise RequestError(
                     f"Tuning takes at least {least}, got tuning.{name} {getattr(self, name)}: raise it, or leave "

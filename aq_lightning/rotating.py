@@ -64,7 +64,9 @@ class Rotating:
     def _learn(self, place: Path, windows: Tensor) -> None:
         plan, trainer = self.recipe.rotation.training, self._trainer(place)
         device = trainer.strategy.root_device
-        check_memory(self.pretrained, device)
+        check_memory(
+            self.pretrained, device, "Rotations are learnt", "set --model.rotation.training null for one not learnt"
+        )
         shell = self.pretrained.shell()
         text = Text(windows, *capture(shell, windows, self.recipe.streams, device), None)
         if plan.objective == "divergence":
@@ -104,8 +106,14 @@ class Rotating:
         return float(module.loss.compute())
 
 
-def check_memory(pretrained: Pretrained, device: torch.device) -> None:
+def check_memory(pretrained: Pretrained, device: torch.device, what: str, instead: str) -> None:
     """
+    Args:
+        pretrained: the model.
+        device: where all of it is to be.
+        what: is done with it, for the message.
+        instead: what to do where that is too much.
+
     Raises:
         RequestError: the device cannot hold the model's weights as they are stored, and as much again as its blocks
             are worked on one at a time.
@@ -117,9 +125,8 @@ def check_memory(pretrained: Pretrained, device: torch.device) -> None:
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise RequestError(
-            f"Rotations are learnt with all blocks on one device, got {free / 1e9:.0f} GB free on {device} of "
-            f"{needed / 1e9:.0f} GB: take a larger GPU, or set --model.rotation.training null for one that is not "
-            "learnt."
+            f"{what} with all blocks on one device, got {free / 1e9:.0f} GB free on {device} of "
+            f"{needed / 1e9:.0f} GB: take a larger GPU, or {instead}."
         )
 
 

@@ -23,7 +23,7 @@ from aq_lightning.cli import main
 from benchmarks.kill import digests, tiny_fit, tiny_model
 
 TWO = ("--trainer.devices", "2")
-TUNING = ("--model.tuning", '{"epochs": 2, "scales": 0.01, "norms": 0.01, "codes": 0.01}')
+TUNING = ("--model.tuning", '{"epochs": 2, "scales": 0.01, "norms": 0.01, "codes": 0.003, "written": 3}')
 SIZES = (
     *TUNING,
     "--data.samples",
@@ -34,7 +34,7 @@ SIZES = (
     "float32",
     "--report",
     "false",
-)  # 5 samples and 4
+)  # 5 samples and 4, and of what is written 1 and 2
 
 
 @pytest.fixture(scope="module")

@@ -50,9 +50,14 @@ def fit(directory: Path, nursery: Nursery) -> Callable[..., dict[str, str]]:
     return run
 
 
-@pytest.mark.parametrize("options", [(), ("--keep_streams", "false", "--save_every", "2")], ids=["kept", "recomputed"])
+WRITTEN = ("--model.tuning", '{"epochs": 1, "scales": 0.01, "norms": 0.01, "codes": 0.003, "written": 3}')
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--keep_streams", "false", "--save_every", "2"), WRITTEN], ids=["kept", "recomputed", "written"]
+)
 def test_killed_at_random_instants(nursery: Nursery, directory: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """25 kills in all: at a write (cut in half), a sync, a rename, a step, or whenever the clock says."""
+    """35 kills in all: at a write (cut in half), a sync, a rename, a step, or whenever the clock says."""
     kills = 15 if not options else 10
     *_, counts = kill_until_done(nursery, tiny_fit(directory, *options), tmp_path, kills, seed=len(options))
     assert counts["OTHER BYTES"] == 0 and counts["same bytes"] >= 1

@@ -129,9 +129,9 @@ def test_a_model_too_large_for_the_device_is_refused(model_directory: Path, monk
     model = load(str(model_directory))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 10**6))
     with pytest.raises(RequestError, match="--model.rotation.training null"):
-        rotating.check_memory(model, torch.device("cuda"))
+        rotating.check_memory(model, torch.device("cuda"), "Rotations are learnt", "set --model.rotation.training null")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
-    rotating.check_memory(model, torch.device("cuda"))
+    rotating.check_memory(model, torch.device("cuda"), "", "")
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": 0}, {"rate": 0.0}, {"rate": float("inf")}])

@@ -35,7 +35,7 @@ METHOD = "affinequant-rounding.yaml"
 
 @pytest.fixture(scope="module")
 def run(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit("w2a16g32", tmp_path_factory.mktemp("tuning") / "run", config=METHOD)
+    return fit("w2a16g32", tmp_path_factory.mktemp("tuning") / "run", "--model.tuning.codes=0", config=METHOD)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_damaged_tuning_is_made_again(run: Path, fit: Fit, tmp_path: Path, cap
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     (again / "results.json").unlink()
     shutil.rmtree(again / "checkpoint")
-    fit("w2a16g32", again, config=METHOD)
+    fit("w2a16g32", again, "--model.tuning.codes=0", config=METHOD)
     assert "damaged, and made again: tuning" in capsys.readouterr().out
     assert (again / "checkpoint/model.safetensors").read_bytes() == expected
 
@@ -153,8 +153,8 @@ def test_moving_codes_cost_four_numbers_each(name: str, tmp_path: Path) -> None:
     codes = moving.blocks * sum(each.numel() for each in weights(moving.attached.block).values())
     held = moving.tuning_memory(32) - staying.tuning_memory(32)
     assert 16 * codes <= held <= 16.1 * codes  # routers are counted with the weights
-    more = moving.disk(256).tuning - staying.disk(256).tuning
-    assert 24 * codes < more <= 25 * codes and moving.disk(256).result == staying.disk(256).result
+    more = moving.disk(8, 32).tuning - staying.disk(8, 32).tuning
+    assert 24 * codes < more <= 25 * codes and moving.disk(8, 32).result == staying.disk(8, 32).result
 
 
 def test_a_plan_says_what_it_costs(model_directory: Path, capsys: pytest.CaptureFixture) -> None:
@@ -162,3 +162,23 @@ def test_a_plan_says_what_it_costs(model_directory: Path, capsys: pytest.Capture
     main(["plan", f"--config={CONFIGS / METHOD}", f"--model.pretrained={model_directory}", *sizes])
     said = capsys.readouterr().out
     assert "tuning " in said and "for all and the tuning of their scales" in said
+
+
+def test_what_the_model_writes_is_tuned_on_too(run: Path, fit: Fit, tmp_path: Path) -> None:
+    """Kept in the run; blocks are fitted as without it, and other scales come of it."""
+    options = ("--model.tuning.codes=0", "--model.tuning.written=6")
+    more = fit("w2a16g32", tmp_path / "run", *options, config=METHOD)
+    tokens = load_file(more / "written/written.safetensors")["tokens"]
+    assert tokens.shape[0] == 6 and len(tokens.unique(dim=0)) == 6 and not (run / "written").exists()
+    fitted = "blocks/0001/weights.safetensors"
+    assert (more / fitted).read_bytes() == (run / fitted).read_bytes()
+    assert metrics(more)["outcome"] == "trained" and metrics(more)["divergence"] != metrics(run)["divergence"]
+    changed, before = (load_file(each / "tuning/weights.safetensors") for each in (more, run))
+    assert changed.keys() == before.keys() and any(not torch.equal(changed[name], before[name]) for name in changed)
+    file = more / "written/written.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (more / "results.json").unlink()
+    shutil.rmtree(more / "checkpoint")
+    expected = (more / "tuning/weights.safetensors").read_bytes()
+    fit("w2a16g32", more, *options, config=METHOD)
+    assert (more / "tuning/weights.safetensors").read_bytes() == expected, "written again, the same"

@@ -38,3 +38,4 @@ from aq_lightning.calibration.watch import Cause as Cause
 from aq_lightning.calibration.window import LiveWindow as LiveWindow
 from aq_lightning.calibration.window import Weights as Weights
 from aq_lightning.calibration.window import switches as switches
+from aq_lightning.calibration.written import written_windows as written_windows

@@ -51,12 +51,12 @@ _TUNING = "tuning"
 class RunDirectory:
     """Layout of a run.
 
-    ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``rotation/``: learnt
-    before all windows. ``blocks/0007/``: a finished window, named after its first block: ``weights.safetensors``,
-    ``transforms.safetensors``, ``metrics.json``. ``streams/0007/``: what enters the window at work. ``inside/``: the
-    checkpoints inside it. ``tuning/``: what followed for all blocks together, a window with what it changed alone.
-    ``logs/``: the loggers'. ``checkpoint/``: the result, ``checkpoint.json`` its sums. ``results.json``: the table.
-    ``lock``: the process at work. A finished window names the sum of the one before it, whose streams it was fitted to.
+    ``config.yaml``: the resolved configuration. ``fingerprint.json``: model, data and versions. ``rotation/``,
+    ``written/``: made before all windows. ``blocks/0007/``: a finished window, named after its first block:
+    ``weights.safetensors``, ``transforms.safetensors``, ``metrics.json``. ``streams/0007/``: what enters the window at
+    work. ``inside/``: the checkpoints inside it. ``tuning/``: what followed for all blocks together, a window with what
+    it changed alone. ``logs/``: the loggers'. ``checkpoint/``: the result, ``checkpoint.json`` its sums.
+    ``results.json``: the table. ``lock``: the process at work. A finished window names the sum of the one before it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,7 +221,7 @@ class RunDirectory:
         target = self._streams(block)
         remove(target)
         with sealed(target, {"after": self._sum_before(block)}) as partial:
-            save_tensors(partial / _STREAMS, vars(streams))
+            save_tensors(partial / _STREAMS, streams.tensors())
 
     def drop_streams(self, but: int) -> None:
         """Removes all kept streams but those that enter the window that starts at ``but``."""

@@ -27,6 +27,23 @@ class Streams:
     """What the full-precision model computes."""
     quantized: Tensor
     """What the model with all earlier blocks quantized computes."""
+    written: Tensor | None = None
+    """What the full-precision model computes of windows that it wrote itself, (windows, length, hidden)."""
+
+    @classmethod
+    def entering(cls, stream: Tensor, samples: int) -> Streams:
+        """What enters block 0, of which so many samples are calibration's and those behind them are written."""
+        return cls(stream[:samples], stream[:samples], stream[samples:] if len(stream) > samples else None)
+
+    def all_full(self, storage: StreamStorage, device: torch.device) -> Tensor:
+        """What the full-precision model computes of all windows, in the order in which they entered block 0."""
+        if self.written is None:
+            return self.full
+        return storage.store(torch.cat([self.full, self.written]), device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: stream for name, stream in vars(self).items() if stream is not None}
 
 
 @torch.no_grad()
