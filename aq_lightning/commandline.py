@@ -296,5 +296,5 @@ class PlanningLine(CommandLine):
         with TemporaryDirectory(prefix=".plan-", dir=beside(Path(self._section.out or "run"))) as scratch:
             trainer = self.instantiate_trainer(max_epochs=probe.epochs, default_root_dir=scratch)
             measured = probe.measure(trainer, Path(scratch) / "run")
-        for line in plan_lines(prepared, measured, (samples, length), section.max_epochs, ranks):
-            print(line)
+        shape, kept = (samples, length), self._section.keep_streams
+        print(*plan_lines(prepared, measured, shape, section.max_epochs, ranks, kept), sep="\n")

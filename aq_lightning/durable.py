@@ -1,8 +1,8 @@
 """Files and directories that a killed process leaves whole or absent, and whose damage is found.
 
 A durable thing is written under a name ending in ``.partial`` beside its own, synced, renamed, and its directory synced
-in turn. A JSON file carries the sha256 of its content; a sealed directory carries a ``manifest.json`` of that kind with
-the size and sha256 of every file in it.
+in turn; a note of where a run stands is only renamed. A JSON file carries the sha256 of its content; a sealed directory
+carries a ``manifest.json`` of that kind with the size and sha256 of every file in it.
 """
 
 from __future__ import annotations

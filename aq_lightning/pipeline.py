@@ -115,7 +115,7 @@ def _calibrate_all(job: Job, windows: Tensor, written: Tensor) -> None:
     plan, following = list(recipe.plan.windows(len(model.blocks))), dict(pairwise(starts))
     share, both = (Share(count, recipe.batch_size, distributed.rank(), distributed.ranks())
                    for count in (len(windows), len(windows) + len(written)))  # fmt: skip
-    own = both.indices()  # (samples of this process)
+    own = both.indices()
     stream, arguments = capture(model.shell(), torch.cat([windows, written])[own], recipe.streams, job.device)
     streams = Streams.entering(stream, int((own < len(windows)).sum()))  # each (samples, length, hidden)
     entering, stream = None if recipe.tuning is None else stream, None  # which the first window uses up
@@ -132,16 +132,18 @@ def _calibrate_all(job: Job, windows: Tensor, written: Tensor) -> None:
             with quantized(live.blocks, recipe.scheme):
                 if target is None:
                     live.install(job.window(indices.start))
-                    answers = live.run(streams.quantized, exact=True)
+                    answers = full if recipe.inputs == "full" else live.run(streams.quantized, exact=True)
                 else:
                     answers = calibrate(job, live, position, activations, streams, target, share)
             streams = Streams(full, full if recipe.inputs == "full" else answers, more)
-            del target, answers, more  # two streams stay between windows, or three
+            del full, target, answers, more  # two streams stay between windows, or three
             live.release()
             if job.guards.keep_streams and indices.start in following:
                 keeper.keep(following[indices.start], streams)
         if not all(job.journal.finished(start) for start in starts):
-            tune_scales(job, (entering, streams.all_full(recipe.streams, job.device)), arguments, both.samples)
+            keeper.finish()
+            data, streams = (entering, streams.all_full(recipe.streams, job.device)), None  # two are read from here on
+            tune_scales(job, data, arguments, both.samples)
 
 
 def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int, Streams]:
@@ -149,9 +151,7 @@ def _where_to_go_on(job: Job, starts: list[int], entering: Streams) -> tuple[int
     kept = job.journal.kept(starts)
     if kept is None:
         return starts[0], entering
-    start, streams = kept
-    store = job.recipe.streams.store
-    return start, Streams(**{name: store(stream, job.device) for name, stream in streams.tensors().items()})
+    return kept[0], kept[1].stored(job.recipe.streams, job.device)
 
 
 def calibrate(
@@ -205,10 +205,10 @@ def calibrate(
         "reach": {"weights before": weight_reach(live.blocks), "activations before": activation_reach(activations)},
         "training_seconds": result.seconds,
     }
-    return _commit(job, live, position, (inputs, target), live.merge(result.module.blocks, codes), metrics)
+    return _complete(job, live, position, (inputs, target), live.merge(result.module.blocks, codes), metrics)
 
 
-def _commit(
+def _complete(
     job: Job,
     live: LiveWindow,
     position: Position,

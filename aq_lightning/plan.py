@@ -6,7 +6,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,7 +39,8 @@ _VOCABULARY = 64  # tokens of the random model
 _STEPS = 2  # batches that the probe has
 _EPOCHS = 3  # of them; the first step of all compiles and records, where steps are
 _TUNED = 4  # passes that a step of tuning is worth: forward twice, and backward
-_PASSES = 6  # full precision, four candidates, and the merged block, whose answers enter the next
+_EXACT = 2  # passes: full precision, and the merged block, whose answers enter the next
+_PASSES = 4  # more: of candidates
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Measured:
     """Seconds of an epoch beside its steps."""
     forward: float
     """Seconds of a pass of one batch, when others went before."""
+    exact: float
+    """The same of a pass that never takes float16."""
     other: float
     """Seconds for each batch of all else that reads samples: ranges and scales to start from, and the rounder."""
     rest: float
@@ -85,7 +90,7 @@ class Probe:
 
         Args:
             trainer: for :attr:`epochs`.
-            scratch: an empty directory on the disk of the run.
+            scratch: a directory to be made on the disk of the run.
         """
         recipe = self.recipe
         reset_peak_memory(self.device)
@@ -93,7 +98,7 @@ class Probe:
         live = LiveWindow(self.model, self.model.window([0]), arguments, recipe, self.device)
         with observed(live.blocks, self.prepared.architecture.sites) as activations:
             target = live.run(stream, exact=True)
-        forward = self._apiece(live.run, stream)[0]
+        forward, exact = (self._apiece(partial(live.run, exact=exact), stream)[0] for exact in (False, True))
         with quantized(live.blocks, recipe.scheme):
             module = BlockCalibration(live.attach(activations, stream), live.arguments, recipe, Position(0, 0, 1))
             stopwatch = _Stopwatch(self._now)
@@ -103,23 +108,26 @@ class Probe:
             trainings = self._trainings(module)
 
             def other(data: Tensor) -> None:
-                for _ in range(1 + trainings):
+                for _ in range(max(1, trainings)):
                     live.attach(activations, data)
                 live.attach_nearest(data)
                 live.round(module.blocks, Streams(data, data), target[: len(data)], math.inf)
 
             other_each, rest = self._apiece(other, stream)
-            journal = RunDirectory(scratch)
+            merged = []
+            rest += self._seconds(lambda: merged.append(live.merge(module.blocks, [{}])))
+        journal, keeping = RunDirectory(scratch), 0.0
 
-            def commit() -> None:
-                journal.scratch(0)
-                journal.put(0, compressed_tensors.pack(live.merge(module.blocks, [{}]), recipe.layout))
-                journal.commit(0, {})
+        def commit() -> None:
+            journal.scratch(0)
+            journal.put(0, compressed_tensors.pack(merged[0], recipe.layout))
+            journal.commit(0, {})
 
+        with suppress(OSError):  # no room: the plan says how much a run needs
             rest += self._seconds(commit)
-        keeping = self._seconds(lambda: journal.write_streams(1, Streams(stream, target))) / _STEPS
+            keeping = self._seconds(lambda: journal.write_streams(1, Streams(stream, target))) / _STEPS
         memory, step, epoch = peak_memory(self.device), stopwatch.step, stopwatch.epoch
-        return Measured(trainings, step, epoch, forward, other_each, rest, keeping, memory)
+        return Measured(trainings, step, epoch, forward, exact, other_each, rest, keeping, memory)
 
     def _apiece(self, work: Callable[[Tensor], object], stream: Tensor) -> tuple[float, float]:
         """Seconds of some work for each batch of a stream, and once, when it was done before."""
@@ -187,7 +195,7 @@ class _Stopwatch(Callback):
 
 
 def plan_lines(
-    prepared: Prepared, measured: Measured, shape: tuple[int, int], epochs: int, ranks: int = 1
+    prepared: Prepared, measured: Measured, shape: tuple[int, int], epochs: int, ranks: int = 1, kept: bool = True
 ) -> Iterator[str]:
     """The plan as text.
 
@@ -197,13 +205,15 @@ def plan_lines(
         shape: samples and length.
         epochs: of every block.
         ranks: processes that share the samples.
+        kept: whether streams are kept on the disk, which all processes write to.
     """
     recipe, (samples, length) = prepared.recipe, shape
+    measured = replace(measured, keeping=ranks * measured.keeping if kept else 0.0)
     yield f"{prepared.config.model_type}: {prepared.blocks} blocks, {recipe.scheme}"
     yield from prepared.sites()
     yield from prepared.notes
     yield f"bits per weight: {prepared.bits():.3f}"
-    yield str(prepared.disk(samples, length))
+    yield str(prepared.disk(samples if kept else 0, length))
     each = f" of each of {ranks} processes" if ranks > 1 else ""
     for name, count in memory(prepared, measured, shape, ranks).items():
         yield f"{name} memory{each}: {count / 1e9:.2f} GB"
@@ -221,7 +231,7 @@ def plan_lines(
 def block_seconds(measured: Measured, batches: int, epochs: int, same_input: bool) -> float:
     """Of one block: steps, passes of all samples, rounding and writing, or, if that takes longer, the streams on their
     way to the disk. Several processes have as many, smaller batches."""
-    passes = (_PASSES + same_input) * batches * measured.forward
+    passes = batches * ((_PASSES + same_input) * measured.forward + _EXACT * measured.exact)
     training = measured.trainings * epochs * (batches * measured.step + measured.epoch)
     return max(training + passes + batches * measured.other + measured.rest, batches * measured.keeping)
 

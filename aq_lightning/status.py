@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -46,10 +45,10 @@ def status_of(path: Path) -> str:
 
 def _stats(path: Path) -> Iterator[os.stat_result]:
     """Of every file that is still there when it is looked at."""
-    for file in path.rglob("*"):
-        with suppress(FileNotFoundError):
-            if stat.S_ISREG((found := file.stat()).st_mode):
-                yield found
+    for directory, _, files in os.walk(path):  # which passes over directories that go
+        for file in files:
+            with suppress(FileNotFoundError):
+                yield os.stat(os.path.join(directory, file))
 
 
 def _named(path: Path) -> str:

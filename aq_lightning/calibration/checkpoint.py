@@ -214,7 +214,7 @@ class RunDirectory:
     def weights(self, block: int, device: str = "cpu") -> dict[str, Tensor]:
         """Packed weights of a window that is finished, or whose weights were put, on a device."""
         place = self._block(block)
-        return load_file((place if place.exists() else partial_of(place)) / _WEIGHTS, device)
+        return load_file((place if block in self._manifests else partial_of(place)) / _WEIGHTS, device)
 
     def write_streams(self, block: int, streams: Streams) -> None:
         """Writes the streams that enter the window that starts at ``block``, which are whole or absent."""

@@ -25,6 +25,7 @@ class Keeper:
         self.journal = journal
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._writing: tuple[int, Future[None]] | None = None
+        self._queue: torch.cuda.Stream | None = None
 
     def __enter__(self) -> Keeper:
         return self
@@ -39,20 +40,18 @@ class Keeper:
     def keep(self, block: int, streams: Streams) -> None:
         """Begins to write the streams that enter the window that starts at ``block``; they must stay as they are."""
         self.finish()
-        queue = self._queue(streams.full.device)
-        self._writing = block, self._thread.submit(self._write, block, streams, queue)
+        device = streams.full.device
+        if device.type == "cuda":
+            # Of high priority, for those of normal priority come from a pool that steps are recorded on in turn.
+            self._queue = self._queue or torch.cuda.Stream(device, priority=-1)
+            self._queue.wait_stream(torch.cuda.current_stream(device))
+        self._writing = block, self._thread.submit(self._write, block, streams)
 
-    def _write(self, block: int, streams: Streams, queue: torch.cuda.Stream | None) -> None:
-        with torch.cuda.stream(queue):  # copies to the host neither wait for the window at work nor hold it up
+    def _write(self, block: int, streams: Streams) -> None:
+        if self._queue is not None:
+            torch.cuda.set_device(self._queue.device)  # a thread begins on the first GPU, which may be another's
+        with torch.cuda.stream(self._queue):  # copies to the host neither wait for the window at work nor hold it up
             self.journal.write_streams(block, streams)
-
-    def _queue(self, device: torch.device) -> torch.cuda.Stream | None:
-        """A GPU's own queue for copies, behind what is asked of it so far."""
-        if device.type == "cpu":
-            return None
-        queue = torch.cuda.Stream(device)
-        queue.wait_stream(torch.cuda.current_stream(device))
-        return queue
 
     def finish(self) -> None:
         """Waits for the pair that is being written, and removes the one before.
@@ -62,5 +61,5 @@ class Keeper:
         """
         if self._writing is not None:
             (block, written), self._writing = self._writing, None
-            written.result()  # and with it the streams are let go
+            written.result()
             self.journal.drop_streams(block)

@@ -41,6 +41,10 @@ class Streams:
             return self.full
         return storage.store(torch.cat([self.full, self.written]), device)
 
+    def stored(self, storage: StreamStorage, device: torch.device) -> Streams:
+        """All in their dtype and place, ``device`` being the blocks'."""
+        return Streams(**{name: storage.store(stream, device) for name, stream in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
         return {name: stream for name, stream in vars(self).items() if stream is not None}

@@ -132,11 +132,14 @@ class LiveWindow:
         Args:
             inputs: what enters the window, (samples, length, hidden).
             target: what to answer; if it is a stream of its own (:meth:`target`), the answers take its place.
+
+        Raises:
+            RequestError: they enter the next window, and are not finite in the dtype of streams.
         """
         losses: list[Tensor] = []
         judged = self._judged(self.blocks, inputs, target, half=False, losses=losses)
         found, finite = gathered(judged, inputs, into=target if self.recipe.objective.same_input else None)
-        return _mean(torch.stack(losses)), check_finite(found, finite)
+        return _mean(torch.stack(losses)), found if self.recipe.inputs == "full" else check_finite(found, finite)
 
     def round(
         self, attached: Sequence[AttachedBlock], streams: Streams, target: Tensor, ceiling: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -40,7 +42,7 @@ def written_windows(
         pretrained: the model; for a while all of it is on the device, in the dtype in which it is stored.
         windows: tokens to begin from, int64 (samples, length).
         count: of windows to write.
-        batch_size: texts at once.
+        batch_size: texts at once; half as many where memory runs out.
         seed: of where they begin and what is drawn.
         device: where to work.
 
@@ -52,7 +54,7 @@ def written_windows(
     per_window = -(-length // each)
     size = min(_BEGINNING, each // 2)
     starts = beginnings(windows, count * per_window, size, torch.Generator().manual_seed(seed))
-    model = _whole(pretrained).to(device)
+    model = _whole(pretrained, device)
     plan = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -62,19 +64,25 @@ def written_windows(
         max_new_tokens=each - size,
         pad_token_id=0,
     )  # without an end: one that is drawn is a token like any other
-    texts = []
+    texts: list[Tensor] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for part in starts.to(device).split(batch_size):
-            texts.append(model.generate(part, attention_mask=torch.ones_like(part), generation_config=plan).cpu())
+        while (done := sum(map(len, texts))) < len(starts):
+            part, text = starts[done : done + batch_size].to(device), None
+            with suppress(*(torch.OutOfMemoryError,) if batch_size > 1 else ()):
+                text = model.generate(part, attention_mask=torch.ones_like(part), generation_config=plan).cpu()
+            if text is None:
+                batch_size = (batch_size + 1) // 2
+            else:
+                texts.append(text)
     return torch.cat(texts).view(count, per_window * each)[:, :length].contiguous()
 
 
-def _whole(pretrained: Pretrained) -> PreTrainedModel:
-    """The full-precision model with all its blocks, in the dtype in which it is stored."""
-    model = pretrained.shell()
+def _whole(pretrained: Pretrained, device: torch.device) -> PreTrainedModel:
+    """The full-precision model as it is stored, with all its blocks, which are read one at a time, on a device."""
+    model = pretrained.shell().to(device)
     blocks = model.get_submodule(pretrained.architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
     for index in range(len(blocks)):
-        blocks[index] = pretrained.block(index)
+        blocks[index] = pretrained.block(index).to(device)
     return model.eval()

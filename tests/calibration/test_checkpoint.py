@@ -190,14 +190,17 @@ def test_streams_of_a_gpu_are_written_beside_its_work(run: RunDirectory) -> None
     """What was asked of the device before is in them; what is asked of it then is not waited for."""
     commit(run, 0)
     with Keeper(run) as keeper:
+        given = Streams(*(each.cuda() for each in streams(2.0).tensors().values()))
+        before, after = torch.cuda.Event(), torch.cuda.Event()
         torch.cuda._sleep(10**9)  # cycles: half a second at least
-        given = Streams(*(each.cuda() for each in vars(streams(2.0)).values()))
-        keeper.keep(1, Streams(given.full + 1, given.quantized))
+        more = given.full + 1
+        before.record()
+        keeper.keep(1, Streams(more, given.quantized))
+        assert not before.query(), "nobody waits for what they are made of"
         torch.cuda._sleep(10**10)
-        after = torch.cuda.Event()
         after.record()
         keeper.finish()
-        assert not after.query(), "the streams are on the disk before the work behind them is done"
+        assert before.query() and not after.query(), "they are on the disk before the work behind them is done"
     torch.cuda.synchronize()
     _, found = again(run)[0].kept([0, 1])
     assert torch.equal(found.full, streams(2.0).full + 1) and torch.equal(found.quantized, streams(2.0).quantized)
