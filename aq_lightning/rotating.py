@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aq_lightning import distributed
-from aq_lightning.calibration import RunDirectory, Stopping, capture
+from aq_lightning.calibration import RunDirectory, Stopping, capture, check_memory
 from aq_lightning.calibration.learned_rotation import RotationFit, Text, full_answers
 from aq_lightning.durable import digest, manifest, remove, save_tensors, sealed, write_json
 from aq_lightning.errors import RequestError
@@ -104,30 +104,6 @@ class Rotating:
         module.loss.reset()
         self.trainer(callbacks=[], **_alone(place)).test(module, loader, verbose=False)
         return float(module.loss.compute())
-
-
-def check_memory(pretrained: Pretrained, device: torch.device, what: str, instead: str) -> None:
-    """
-    Args:
-        pretrained: the model.
-        device: where all of it is to be.
-        what: is done with it, for the message.
-        instead: what to do where that is too much.
-
-    Raises:
-        RequestError: the device cannot hold the model's weights as they are stored, and as much again as its blocks
-            are worked on one at a time.
-    """
-    if device.type != "cuda":
-        return
-    needed = sum(each.numel() for each in pretrained.model.parameters()) * pretrained.storage.itemsize
-    needed += 16 * max(sum(each.numel() for each in block.parameters()) for block in pretrained.blocks)
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise RequestError(
-            f"{what} with all blocks on one device, got {free / 1e9:.0f} GB free on {device} of "
-            f"{needed / 1e9:.0f} GB: take a larger GPU, or {instead}."
-        )
 
 
 def _alone(place: Path) -> dict[str, object]:

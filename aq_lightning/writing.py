@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aq_lightning import distributed
-from aq_lightning.calibration import RunDirectory, written_windows
+from aq_lightning.calibration import RunDirectory, check_memory, written_windows
 from aq_lightning.durable import digest, manifest, remove, save_tensors, sealed
 from aq_lightning.models.pretrained import Pretrained
 from aq_lightning.recipe import Recipe
-from aq_lightning.rotating import check_memory
 
 _TENSORS = "written.safetensors"
 _AT_ONCE = 128  # texts

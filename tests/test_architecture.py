@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "aq_lightning.pipeline",
         "aq_lightning.rotating",
+        "aq_lightning.writing",
         "aq_lightning.comparison",
         "aq_lightning.scoring",
         "aq_lightning.conversion",

@@ -79,7 +79,7 @@ def test_the_checkpoint_is_nearer_to_the_model(run: Path, plain: Path, model_dir
 
 
 def test_codes_move_where_they_are_asked_to(plain: Path, fit: Fit, tmp_path: Path) -> None:
-    moving = fit("w2a16g32", tmp_path / "run", "--model.tuning.codes=2e-2", config=METHOD)
+    moving = fit("w2a16g32", tmp_path / "run", "--model.tuning.codes=7e-3", config=METHOD)
     assert metrics(moving)["outcome"] == "trained"
     tuned, before = (read(each / "checkpoint")[1] for each in (moving, plain))
     coded = [name for name in before if isinstance(before[name], QTensor)]

@@ -19,6 +19,7 @@ from aq_lightning.calibration.guards import Guards as Guards
 from aq_lightning.calibration.inside import Inside as Inside
 from aq_lightning.calibration.interruption import Stopping as Stopping
 from aq_lightning.calibration.keeping import Keeper as Keeper
+from aq_lightning.calibration.memory import check_memory as check_memory
 from aq_lightning.calibration.memory import garbage_kept as garbage_kept
 from aq_lightning.calibration.memory import peak_memory as peak_memory
 from aq_lightning.calibration.memory import reset_peak_memory as reset_peak_memory
