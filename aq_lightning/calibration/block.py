@@ -83,7 +83,7 @@ class BlockCalibration(Captured):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(batch, length, hidden) through all blocks of the window."""
-        answer = compiled_answer() if self._wanted(self.recipe.compiled) else answer_plainly
+        answer = compiled_answer() if self.wanted(self.recipe.compiled) else answer_plainly
         for block, others in zip(self.blocks, self.arguments, strict=True):
             hidden = answer(block, hidden, others)
         return hidden
@@ -120,15 +120,12 @@ class BlockCalibration(Captured):
 
     def recordable(self, samples: int) -> bool:
         full = samples == self.recipe.batch_size
-        whole = self.trainer.accumulate_grad_batches == 1
-        scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
         routed = any(block.architecture.experts for block in self.blocks)  # tokens, which decides every shape
         waits = any(matrix.method == "pivoted" for matrix in self.matrices())  # for the device, inside the library
-        return self._wanted(self.recipe.captured) and full and whole and not (scaled or routed or waits)
+        return self.wanted(self.recipe.captured) and full and self.steady() and not (routed or waits)
 
-    def _wanted(self, choice: bool | None) -> bool:
-        """What the recipe says, or where it says nothing, whether this is a GPU."""
-        return self.device.type == "cuda" if choice is None else choice
+    def changing(self) -> list[Tensor]:
+        return [buffer for name, buffer in self.named_buffers() if ".block." not in name]
 
     def before_update(self, loss: Tensor) -> None:
         if self.best is not None:

@@ -70,6 +70,22 @@ class Captured(MicroBatched):
         """Whether steps of that many samples, of all processes, may be recorded."""
         raise NotImplementedError
 
+    def steady(self) -> bool:
+        """Whether batches are steps, and each does what the one before did."""
+        scaled = self.trainer.precision == "16-mixed"  # losses are, by a factor that changes
+        return self.trainer.accumulate_grad_batches == 1 and not scaled
+
+    def wanted(self, choice: bool | None) -> bool:
+        """What a recipe says, or where it says nothing, whether this is a GPU."""
+        return self.device.type == "cuda" if choice is None else choice
+
+    def changing(self) -> list[Tensor]:
+        """Buffers that a step changes before its update."""
+        raise NotImplementedError
+
+    follows = True
+    """Whether anything does: nothing cannot be recorded."""
+
     def after_update(self) -> None:
         """What follows each optimizer step, on the device alone; recorded too."""
         raise NotImplementedError
@@ -97,10 +113,10 @@ class Captured(MicroBatched):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if self._replayed:
+        if self._replayed and self.follows:
             self._after = self._after or Graph(self.after_update, warm_up=0)
             self._after.replay()
-        else:
+        elif self.follows:
             self.after_update()
 
     def on_fit_end(self) -> None:
@@ -120,6 +136,7 @@ class Captured(MicroBatched):
     def _record(self, batch: Batch) -> None:
         self._batch = batch.inputs.clone(), batch.targets.clone()
         self._total = batch.total
+        torch.clear_autocast_cache()  # of weights as they are before this step, which replays must not go on with
 
         def work() -> Tensor:
             self.zero_grad()  # so that the backward pass writes, instead of adding to what was there
@@ -129,7 +146,7 @@ class Captured(MicroBatched):
                 self.before_update(self._step_loss)
             return self._step_loss
 
-        buffers = [buffer for name, buffer in self.named_buffers() if ".block." not in name]
+        buffers = self.changing()
         before = [buffer.clone() for buffer in buffers]
         try:
             self._step = Graph(work, _WARM_UP)

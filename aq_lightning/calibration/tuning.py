@@ -28,23 +28,25 @@ from aq_lightning import distributed
 from aq_lightning.calibration.batches import Pairs
 from aq_lightning.calibration.block import Position
 from aq_lightning.calibration.call import Arguments, answer
+from aq_lightning.calibration.captured import Captured
 from aq_lightning.calibration.inside import Attempt
-from aq_lightning.calibration.microbatch import MicroBatched
 from aq_lightning.calibration.optimization import scheduled
 from aq_lightning.calibration.products import products
 from aq_lightning.calibration.streams import logits, run, to_device
 from aq_lightning.calibration.tuned import TunedBlock, TunedWeight
 from aq_lightning.calibration.window import LiveWindow, Weights
+from aq_lightning.experts import experts_of
 from aq_lightning.models.ahead import read_ahead
 from aq_lightning.models.loading import Pretrained
 from aq_lightning.models.naming import from_checkpoint, to_checkpoint
 from aq_lightning.qtensor import QTensor
 from aq_lightning.recipe import Recipe
 
+_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn at random
 _SMALLEST = 1e-3  # size of a norm or bias that is all but zero, for its steps
 
 
-class WholeModel(MicroBatched):
+class WholeModel(Captured):
     """All blocks with their scales, norms and biases under training, and their codes if the recipe moves them.
 
     A block's tensors and intermediate results are computed again in the backward pass: beside codes, and what the
@@ -74,14 +76,15 @@ class WholeModel(MicroBatched):
         self.tail = tail.requires_grad_(False)
         self.recipe, self.tuning = recipe, recipe.tuning
         self.strict_loading = False  # checkpoints hold what is trained alone
+        self.follows = bool(self.tuning.codes)
         self.after_step: Callable[[WholeModel, int], None] | None = None
 
     def objective(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Mean divergence; ``hidden`` enters block 0 and ``target`` left the last block of the full-precision model."""
         hidden = hidden.float()
         for block, others in zip(self.blocks, self.arguments, strict=True):
-            hidden = checkpoint(answer, block, hidden, others, use_reentrant=False)
-        parts = [checkpoint(self.divergence, y, t, use_reentrant=False) for y, t in zip(hidden, target, strict=True)]
+            hidden = checkpoint(answer, block, hidden, others, **_AGAIN)
+        parts = [checkpoint(self.divergence, y, t, **_AGAIN) for y, t in zip(hidden, target, strict=True)]
         return torch.stack(parts).mean()
 
     def divergence(self, given: Tensor, wanted: Tensor) -> Tensor:
@@ -123,10 +126,20 @@ class WholeModel(MicroBatched):
     def before_update(self, loss: Tensor) -> None:
         """Nothing: the start and the end are compared when training is over."""
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def recordable(self, samples: int) -> bool:
+        full = samples == self.tuning.batch_size
+        routed = any(experts_of(block) for block in self.blocks)  # tokens, which decides every shape
+        return self.wanted(self.recipe.captured) and full and self.steady() and not routed
+
+    def changing(self) -> list[Tensor]:
+        return []
+
+    def after_update(self) -> None:
         for weight in self.weights():
             weight.project()
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         if self.after_step is not None:
             self.after_step(self, batch_idx)
 

@@ -9,28 +9,13 @@ from functools import partial
 import pytest
 import torch
 from fitting import LIGHTNING, Sabotage, fitted
+from recorder import Recorder
 from torch import Tensor
 
 from aq_lightning.calibration import Cause, captured
 from aq_lightning.transforms import Affine
 
 pytestmark = LIGHTNING
-
-
-class Recorder:
-    """What a CUDA graph does, without one: recording runs nothing, a replay does the same work on the same tensors."""
-
-    made: list[Recorder] = []
-
-    def __init__(self, work: Callable[[], Tensor | None], warm_up: int) -> None:
-        for _ in range(warm_up):
-            work()
-        self.work, self.replays = work, 0
-        Recorder.made.append(self)
-
-    def replay(self) -> Tensor | None:
-        self.replays += 1
-        return self.work()
 
 
 @pytest.fixture

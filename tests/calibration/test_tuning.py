@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,23 @@ import torch
 from fitting import CPU, LIGHTNING
 from helpers import assert_close
 from lightning.pytorch import Trainer
+from recorder import Recorder
 from tiny import MODELS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aq_lightning.calibration import WHOLE, Inside, LiveWindow, Pairs, Stopping, assemble, capture, retuned, tune
+from aq_lightning.calibration import (
+    WHOLE,
+    Inside,
+    LiveWindow,
+    Pairs,
+    Stopping,
+    assemble,
+    capture,
+    captured,
+    retuned,
+    tune,
+)
 from aq_lightning.calibration.streams import run
 from aq_lightning.calibration.tuned import TunedWeight
 from aq_lightning.calibration.tuning import Tuned, WholeModel
@@ -51,14 +64,14 @@ class Case:
         self.target = live.run(self.stream)
         self.weights: Weights = live.merge(live.attach_nearest(self.stream), [{}, {}])
 
-    def whole(self) -> WholeModel:
-        return assemble(self.model, self.recipe, self.arguments, lambda _: self.weights, CPU)
+    def whole(self, device: torch.device = CPU) -> WholeModel:
+        return assemble(self.model, self.recipe, self.arguments, lambda _: self.weights, device)
 
-    def tune(self, place: Path) -> Tuned:
-        plan = {"accelerator": "cpu", "max_epochs": self.recipe.tuning.epochs, "default_root_dir": str(place)}
+    def tune(self, place: Path, device: torch.device = CPU) -> Tuned:
+        plan = {"accelerator": device.type, "devices": 1, "max_epochs": self.recipe.tuning.epochs, "default_root_dir": str(place)}
         inside = Inside(place / "inside", 0, Stopping(), lambda _: None)
         trainer, data = inside.attempts(WHOLE, lambda: Trainer(**plan, **QUIET)), (self.stream, self.target)
-        return tune(self.whole(), self.model, data, trainer, lambda: Pairs(*data, self.recipe.tuning.batch_size, 0))
+        return tune(self.whole(device), self.model, data, trainer, lambda: Pairs(*data, self.recipe.tuning.batch_size, 0))
 
     def divergence(self, weights: Weights) -> float:
         """From the model itself, by transformers' own forward pass of both."""
@@ -140,6 +153,34 @@ def test_codes_alone_bring_it_nearer(name: str, tmp_path: Path) -> None:
         assert after.codes.max() < before.grid.levels
     offsets = [weight.offset for weight in case.whole().weights()]
     assert all(offsets[0].shape != each.shape or not torch.equal(offsets[0], each) for each in offsets[1:])
+
+
+@pytest.mark.parametrize("codes", [0.0, 1e-2])
+def test_recorded_steps_are_the_plain_ones(codes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 epochs of 2 steps each, and a third of another size, which is not replayed; nothing follows where codes stay."""
+    monkeypatch.setattr(captured, "Graph", Recorder)
+    monkeypatch.setattr(Recorder, "made", [])
+    plain = Case(tuning=ScaleTuning(3, 1e-2, 1e-2, codes, batch_size=3))
+    recorded = Case(tuning=plain.recipe.tuning)
+    recorded.recipe = replace(recorded.recipe, captured=True)
+    expected, found = plain.tune(tmp_path / "plain"), recorded.tune(tmp_path / "recorded")
+    assert [each.replays for each in Recorder.made] == ([6, 6] if codes else [6])
+    assert found.after == pytest.approx(expected.after, rel=1e-5) and found.after < found.before
+    assert found.tensors.keys() == expected.tensors.keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("codes", [0.0, 1e-2])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
+def test_graphs_on_a_gpu_do_what_plain_steps_do(name: str, codes: float, tmp_path: Path) -> None:
+    results = []
+    for captured in (False, True):
+        case = Case(name, ScaleTuning(3, 1e-2, 1e-2, codes, batch_size=4))
+        case.recipe = replace(case.recipe, captured=captured)
+        results.append(case.tune(tmp_path / str(captured), torch.device("cuda")))
+    plain, recorded = results
+    assert recorded.before == pytest.approx(plain.before, rel=1e-5)
+    assert recorded.after == pytest.approx(plain.after, rel=1e-3) and recorded.after < recorded.before
 
 
 def test_memory_does_not_hold_every_blocks_weights() -> None:
