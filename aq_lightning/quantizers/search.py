@@ -12,6 +12,8 @@ from aq_lightning.errors import RequestError
 from aq_lightning.qtensor import decode, encode, grid_of
 from aq_lightning.scheme import Grid
 
+_AT_ONCE = {"cuda": 2**24}  # elements: candidates of small weights are rounded side by side where there is room
+
 
 @dataclass(frozen=True)
 class GridSearch:
@@ -58,13 +60,18 @@ class GridSearch:
         blocks = None if self.weighting == "none" else self._blocks(second.to(groups.dtype), groups.shape[1])
         fractions = [torch.ones_like(least), torch.ones_like(least)]
         best = torch.full_like(least, torch.inf)
+        parts = torch.linspace(1, self.least, self.steps + 1).to(least)
+        together = max(1, _AT_ONCE.get(groups.device.type, 0) // groups.numel())
         for moving in ((0, 1),) if grid.symmetric else ((0, 1), (0,), (1,)):
             fixed = list(fractions)
-            for part in torch.linspace(1, self.least, self.steps + 1).tolist():
-                tried = [torch.full_like(least, part) if end in moving else fixed[end] for end in (0, 1)]
+            for part in parts.split(together):
+                candidates = part.view(-1, 1, 1).expand(-1, *least.shape)  # (candidates, out, groups)
+                tried = [candidates if end in moving else fixed[end].expand_as(candidates) for end in (0, 1)]
                 ends = least * tried[0], greatest * tried[1]
                 scale, zero = (each[..., None] for each in grid_of(*ends, grid, storage))
                 error = self._error(groups - decode(encode(groups, scale, zero, grid), scale, zero), blocks)
+                first = error.nan_to_num(torch.inf).argmin(0, keepdim=True)  # of the least
+                error, *tried = (each.gather(0, first)[0] for each in (error, *tried))
                 better = error < best
                 best = torch.where(better, error, best)
                 fractions = [torch.where(better, new, old) for new, old in zip(tried, fractions, strict=True)]
@@ -78,8 +85,8 @@ class GridSearch:
         return second.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
     def _error(self, off: Tensor, blocks: Tensor | None) -> Tensor:
-        """(out, groups, size) → (out, groups)."""
+        """(…, out, groups, size) → (…, out, groups)."""
         if self.weighting == "full":
-            return (torch.einsum("ogs,gst->ogt", off, blocks) * off).sum(-1)
+            return (torch.einsum("...ogs,gst->...ogt", off, blocks) * off).sum(-1)
         error = off.abs() ** self.power
         return (error if blocks is None else error * blocks).sum(-1)

@@ -68,10 +68,12 @@ class Case:
         return assemble(self.model, self.recipe, self.arguments, lambda _: self.weights, device)
 
     def tune(self, place: Path, device: torch.device = CPU) -> Tuned:
-        plan = {"accelerator": device.type, "devices": 1, "max_epochs": self.recipe.tuning.epochs, "default_root_dir": str(place)}
+        plan = {"accelerator": device.type, "devices": 1, "max_epochs": self.recipe.tuning.epochs}
+        plan |= {"default_root_dir": str(place)}
         inside = Inside(place / "inside", 0, Stopping(), lambda _: None)
         trainer, data = inside.attempts(WHOLE, lambda: Trainer(**plan, **QUIET)), (self.stream, self.target)
-        return tune(self.whole(device), self.model, data, trainer, lambda: Pairs(*data, self.recipe.tuning.batch_size, 0))
+        size = self.recipe.tuning.batch_size
+        return tune(self.whole(device), self.model, data, trainer, lambda: Pairs(*data, size, 0))
 
     def divergence(self, weights: Weights) -> float:
         """From the model itself, by transformers' own forward pass of both."""
@@ -157,7 +159,7 @@ def test_codes_alone_bring_it_nearer(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codes", [0.0, 1e-2])
 def test_recorded_steps_are_the_plain_ones(codes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 epochs of 2 steps each, and a third of another size, which is not replayed; nothing follows where codes stay."""
+    """3 epochs of 2 steps each, and a third of another size, not replayed; nothing follows where codes stay."""
     monkeypatch.setattr(captured, "Graph", Recorder)
     monkeypatch.setattr(Recorder, "made", [])
     plain = Case(tuning=ScaleTuning(3, 1e-2, 1e-2, codes, batch_size=3))
@@ -174,10 +176,10 @@ def test_recorded_steps_are_the_plain_ones(codes: float, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
 def test_graphs_on_a_gpu_do_what_plain_steps_do(name: str, codes: float, tmp_path: Path) -> None:
     results = []
-    for captured in (False, True):
+    for choice in (False, True):
         case = Case(name, ScaleTuning(3, 1e-2, 1e-2, codes, batch_size=4))
-        case.recipe = replace(case.recipe, captured=captured)
-        results.append(case.tune(tmp_path / str(captured), torch.device("cuda")))
+        case.recipe = replace(case.recipe, captured=choice)
+        results.append(case.tune(tmp_path / str(choice), torch.device("cuda")))
     plain, recorded = results
     assert recorded.before == pytest.approx(plain.before, rel=1e-5)
     assert recorded.after == pytest.approx(plain.after, rel=1e-3) and recorded.after < recorded.before

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aq_lightning.errors import RequestError
 from aq_lightning.quantizers import GridSearch, LearnedClipping, LearnedRounding, MinMax, SearchedRange
+from aq_lightning.quantizers.search import _AT_ONCE
 from aq_lightning.scheme import Grid
 
 GRIDS = [Grid(3), Grid(2, 16), Grid(2, 8, True), Grid(4, None, True)]
@@ -54,6 +55,28 @@ def test_no_candidate_is_better(grid: Grid, search: GridSearch) -> None:
         quantizer.start(*2 * [torch.full(quantizer.low.shape, part)])
         other = error(search, quantizer(weight) - weight, second, grid.groups(32))
         assert bool((found <= other * (1 + 1e-6)).all()), f"both ends at {part}"
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.weighting}-{s.power}")
+def test_candidates_side_by_side_are_those_one_by_one(
+    grid: Grid, search: GridSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, second = layer()
+    groups = weight.view(6, grid.groups(32), -1)
+    alone = search(groups, second, grid, torch.float16)
+    for together in (7, 81, 1000):
+        monkeypatch.setitem(_AT_ONCE, "cpu", together * groups.numel())
+        assert all(map(torch.equal, search(groups, second, grid, torch.float16), alone))
+
+
+@pytest.mark.parametrize("together", [1, 81])
+def test_scales_that_storage_cannot_hold_are_passed_over(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 bits up to 6e5 either side: 171429, where float16 ends at 65504."""
+    groups = torch.linspace(-6e5, 6e5, 64).view(1, 1, 64)
+    monkeypatch.setitem(_AT_ONCE, "cpu", 64 * together)
+    low, high = GridSearch()(groups, None, Grid(3, 64), torch.float16)
+    assert 0.2 <= float(low) < 0.5 and 0.2 <= float(high) < 0.5
 
 
 def test_both_ends_are_nearly_the_best_of_all_pairs() -> None:
